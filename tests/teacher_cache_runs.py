@@ -13,8 +13,11 @@ import numpy as np
 from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.teachers.cache_plan import open_cache
 from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
+from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 LENGTHS, PROMPT, FINGERPRINT, TEMPERATURES = (90, 20, 64, 65, 40, 30, 128), 5, "f", (1.0, 2.0)
@@ -59,6 +62,7 @@ def write_cache(
         usage=TeacherUsage(visits, TEMPERATURES),
         seed=0,
         fingerprint=FINGERPRINT,
+        model_fingerprints={"teacher": FINGERPRINT},
         shard=shard,
     )
     return run
@@ -67,3 +71,16 @@ def write_cache(
 def train_split(run: RunDirectory) -> TokenizedSplit:
     """The training split of a run."""
     return TokenizedSplit.open(run.data, "train")
+
+
+def open_train_cache(run: RunDirectory) -> TeacherCache:
+    """The cache of the training split."""
+    return open_cache(run.teacher_cache, FINGERPRINT, "teacher", [train_split(run)])
+
+
+def cache_manifest(run: RunDirectory) -> Manifest:
+    """The manifest of the teacher's cache."""
+    (folder,) = (path.parent for path in run.teacher_cache.glob("*/manifest.json"))
+    manifest = read_manifest(folder)
+    assert manifest
+    return manifest

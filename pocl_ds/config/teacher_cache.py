@@ -46,6 +46,12 @@ class TeacherCacheConfig(Section):
         "distribution per token, with replacement. 50 gave the authors of arXiv 2503.16870 about "
         "12 different ids.",
     )
+    hidden_dtype: Literal["model", "bfloat16", "int8"] = Field(
+        "model",
+        description="With `teacher.mode: cached_hidden_states` or `auto`: type of the stored "
+        "numbers. `model` is the teacher's own, which is exact. `int8` takes a byte for each "
+        "number, and 4 for each token (docs/method.md, eq. 33); the log has its error.",
+    )
     max_disk_gb: PositiveFloat | None = Field(
         None,
         description="Maximum size of the cache in GB; `null` limits it only by the free disk "

@@ -48,9 +48,6 @@ class VllmGenerator:
     ) -> None:
         """See `open_generator`. Raises ResourceError or ModelError, see `VllmEngine`."""
         self.tokenizer, self.model_config, self.processed_tokens = tokenizer, model_config, 0
-        self.stop_token_ids = find_stop_token_ids(
-            tokenizer, load_generation_config(model_path, revision), end_of_turn_ids
-        )
         self.engine = VllmEngine(
             model_path,
             config,
@@ -59,6 +56,9 @@ class VllmGenerator:
             cached_tokens=config.max_num_seqs * (max_length + 1),
             threads=threads,
             alternative=alternative,
+        )
+        self.stop_token_ids = find_stop_token_ids(
+            tokenizer, load_generation_config(model_path, revision), end_of_turn_ids
         )
         self.vllm = self.engine.vllm
         self.sleep_level = sleep_level if vllm_private.supports_sleep() else 0

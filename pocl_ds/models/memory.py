@@ -40,6 +40,7 @@ class TrainingSetup:
     teacher_sharded: bool = True
     teacher_bytes_per_weight: float | None = None  # of linear modules, if they are quantized
     chunk_bytes: int = 512 << 20  # of logits and their buffers
+    hidden_dtype: str = "model"  # of cached hidden states, see `TeacherCacheConfig`
     record_bytes: int = 0  # of a loss token in the teacher cache, with RECORD_MODES
 
     def teacher_weights(self, teacher: ModelShape) -> float:
@@ -55,7 +56,10 @@ class TrainingSetup:
         """Bytes of one loss token in the teacher cache."""
         if self.teacher_mode in RECORD_MODES:
             return self.record_bytes
-        return parameter_bytes(teacher.width, self.teacher_dtype)
+        if self.hidden_dtype == "int8":
+            return teacher.width + 4  # and a scale
+        dtype = self.teacher_dtype if self.hidden_dtype == "model" else self.hidden_dtype
+        return parameter_bytes(teacher.width, dtype)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 computes the distribution at any temperature, or records of its largest or of sampled
 probabilities (`losses.record_codec`).
 
-A hidden state is stored in the teacher's dtype, as `width` numbers per token; logits would need one
-per vocabulary entry. The rows of a split that a teacher is used for are divided into shards, each a
-range of them; the place of a row in its shard follows from the tokenized split. Each row has a
-checksum, which is verified before its use.
+A hidden state is stored in the teacher's dtype, as `width` numbers per token, or in 8 bits
+(`quantized_states`); logits would need one per vocabulary entry. The rows of a split that a teacher
+is used for are divided into shards, each a range of them; the place of a row in its shard follows
+from the tokenized split. Each row has a checksum, which is verified before its use.
 
 Each teacher has a folder of its own (`TeacherCache`). The manifest of the step names the folders.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.teachers.codecs import read_codec
+from pocl_ds.teachers.quantized_states import QuantizedStates
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors, save_array
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest
 
@@ -180,6 +181,11 @@ class TeacherCache:
         self.width, self.dtype = int(manifest.info["width"]), str(manifest.info["dtype"])
         fields = manifest.info.get("codec")
         self.codec = read_codec(manifest.info["mode"], fields) if fields else None
+        # How hidden states are stored, and their type when they are read.
+        self.state_dtype = getattr(torch, manifest.info.get("state_dtype", self.dtype))
+        self.quantized: QuantizedStates | None = None
+        if self.codec is None and self.dtype == "uint8":
+            self.quantized = QuantizedStates.load(directory)
         self._rows: dict[str, NDArray[np.int64]] = {}
         self._shards: dict[str, list[tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]]] = {}
         self._ends: dict[str, NDArray[np.int64]] = {}  # of the shards, as places in `_rows`
@@ -199,6 +205,14 @@ class TeacherCache:
         outputs = torch.from_numpy(np.concatenate(parts) if parts else empty)
         dtype = getattr(torch, self.dtype)
         return outputs.view(dtype) if dtype in HALF_PRECISION else outputs
+
+    def decode(self, outputs: Tensor) -> Tensor:
+        """What `read` returned, on any device: hidden states in their own type, or records."""
+        if self.codec:
+            return outputs
+        if self.quantized:
+            return self.quantized.decode(outputs, self.state_dtype)
+        return outputs.to(self.state_dtype)
 
     def find_damage(self, split: str, rows: NDArray[np.int64]) -> str | None:
         """A sentence about the first of these rows that is missing or whose checksum differs, or

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import TeacherConfig
 from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.teachers.cache import STEP, TeacherCache, missing_cache, write_rows
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.teachers.routed import (
@@ -44,6 +45,11 @@ class PlannedCache:
     directory: Path
     fingerprint: str
     rows: Mapping[str, NDArray[np.int64]] = field(repr=False)
+
+    @property
+    def state_dtype(self) -> str:
+        """The type of the teacher's hidden states."""
+        return resolve_dtype(self.teacher.dtype)
 
     @property
     def is_finished(self) -> bool:
@@ -140,8 +146,8 @@ def open_cache(
     """The cache of one teacher.
 
     directory: teacher_cache/ of the run. fingerprint: of the step. name: a field that names the
-    teacher. Raises ArtifactError if the
-    cache is missing, incomplete, or that of other teachers or data.
+    teacher. Raises ArtifactError if the cache is missing, incomplete, or that of other teachers or
+    data.
     """
     manifest = read_manifest(directory)
     if manifest is None or manifest.fingerprint != fingerprint:

@@ -17,7 +17,6 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
-from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import resolve_model
 from pocl_ds.models.quantization import check_quantized_teacher
 from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model, read_model_config
@@ -28,6 +27,7 @@ from pocl_ds.teachers.cache_plan import PlannedCache, plan_caches, prepare_cache
 from pocl_ds.teachers.cache_writer import fill_cache
 from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.teachers.mode_selection import TeacherUsage
+from pocl_ds.teachers.quantized_states import SCALE_BYTES
 from pocl_ds.teachers.state_sources import SourceFactory
 from pocl_ds.workflow.manifest import MANIFEST, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -85,16 +85,14 @@ def cache_teacher(
         if distributed.rank() == 0:
             prepare_caches(run, caches)
     distributed.barrier()
-    shards = [_plan_shards(cache, splits, config.shards, codec) for cache in caches]
+    shards = [_plan_shards(cache, splits, config, codec) for cache in caches]
 
     # Write the unfinished shards, one teacher at a time, and then the manifests.
     mode = codec.mode if codec else "cached_hidden_states"
     longest = max(int(split.total_tokens.max(initial=1)) for split in splits)
     infos: list[dict[str, Any]] = []
     for cache, own in zip(caches, shards, strict=True):
-        infos.append({"mode": mode, "backend": config.backend})
-        if codec:
-            infos[-1]["codec"] = vars(codec)
+        infos.append({"mode": mode, "backend": config.backend, **_codec_info(cache, codec)})
         if unfinished := _unfinished_shards(cache, own, shard):
             infos[-1] |= fill_cache(
                 cache.directory,
@@ -116,6 +114,11 @@ def cache_teacher(
                 _finish_cache(cache, own, codec, info)
             _finish_step(run, caches, mode, fingerprint)
     distributed.barrier()
+
+
+def _codec_info(cache: PlannedCache, codec: RecordCodec | None) -> dict[str, Any]:
+    """What readers must know of the stored outputs besides width and dtype."""
+    return {"codec": vars(codec)} if codec else {"state_dtype": cache.state_dtype}
 
 
 def _unfinished_shards(
@@ -142,27 +145,30 @@ def _check_shard(shard: int | None, count: int) -> None:
 
 
 def _plan_shards(
-    cache: PlannedCache, splits: Sequence[TokenizedSplit], count: int, codec: RecordCodec | None
+    cache: PlannedCache,
+    splits: Sequence[TokenizedSplit],
+    config: TeacherCacheConfig,
+    codec: RecordCodec | None,
 ) -> list[CacheShard]:
     """All shards of a teacher."""
-    width, dtype = _token_layout(cache, codec)
+    width, dtype = (codec.bytes, "uint8") if codec else _state_layout(cache, config.hidden_dtype)
     return [
         CacheShard.for_split(
-            cache.directory, split, cache.rows[split.name], number, count, width, dtype
+            cache.directory, split, cache.rows[split.name], number, config.shards, width, dtype
         )
         for split in splits
-        for number in range(count)
+        for number in range(config.shards)
     ]
 
 
-def _token_layout(cache: PlannedCache, codec: RecordCodec | None) -> tuple[int, str]:
-    """Width and dtype of one token's outputs."""
-    if codec:
-        return codec.bytes, "uint8"
+def _state_layout(cache: PlannedCache, hidden_dtype: str) -> tuple[int, str]:
+    """Width and dtype of one token's hidden state on disk."""
     # The width of the head's input; OPT projects before its head.
     config = read_model_config(cache.model.path, cache.teacher)
     width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    return int(width), resolve_dtype(cache.teacher.dtype)
+    if hidden_dtype == "int8":
+        return int(width) + SCALE_BYTES, "uint8"
+    return int(width), cache.state_dtype if hidden_dtype == "model" else hidden_dtype
 
 
 def _finish_cache(
@@ -202,7 +208,8 @@ def _finish_cache(
     )
     if codec:
         info["error"] = _mean_error(shards, codec, tokens, cache.fingerprint)
-    files = [*cache.directory.glob("*.rows.npy"), *(cache.directory / "head").glob("*")]
+    files = [*cache.directory.glob("*.npy"), *(cache.directory / "head").glob("*")]
+    files = [path for path in files if "-of-" not in path.name]  # a shard has its own manifest
     write_manifest(cache.directory, STEP, cache.fingerprint, info=info, files=sorted(files))
 
 

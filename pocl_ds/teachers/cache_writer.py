@@ -23,6 +23,7 @@ from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.cache import STEP, CacheShard
 from pocl_ds.teachers.mode_selection import TeacherUsage, measure_and_select_mode
 from pocl_ds.teachers.state_sources import HiddenStateSource, SourceFactory
+from pocl_ds.teachers.state_storage import StateStorage, prepare_storage
 from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
 from pocl_ds.workflow.manifest import write_manifest
 
@@ -71,8 +72,29 @@ def fill_cache(
         if source is None:
             source = stack.enter_context(sources.open(backend, splits[0]))
             info["batch_invariance"] = source.check(splits[0])
-        CacheWriter(directory, source, codec, seed).write(splits, unfinished, fingerprint)
+        storage = StateStorage()
+        if codec is None:
+            storage, error = prepare_storage(
+                directory,
+                source,
+                *_largest_split(splits, [s for s in shards if s.directory == directory]),
+                sources.config.hidden_dtype,
+                usage.temperatures,
+            )
+            info |= error
+        CacheWriter(directory, source, codec, storage, seed).write(splits, unfinished, fingerprint)
     return info
+
+
+def _largest_split(
+    splits: Sequence[TokenizedSplit], shards: Sequence[CacheShard]
+) -> tuple[TokenizedSplit, NDArray[np.int64]]:
+    """The split of which a cache has most rows, and these rows."""
+    rows = [
+        np.concatenate([shard.rows for shard in shards if shard.split == split.name])
+        for split in splits
+    ]
+    return max(zip(splits, rows, strict=True), key=lambda pair: len(pair[1]))
 
 
 def _check_size(shards: list[CacheShard], max_disk_gb: float | None) -> None:
@@ -89,12 +111,18 @@ class CacheWriter:
     """Writes shards from a source of hidden states. All ranks call every method together."""
 
     def __init__(
-        self, directory: Path, source: HiddenStateSource, codec: RecordCodec | None, seed: int
+        self,
+        directory: Path,
+        source: HiddenStateSource,
+        codec: RecordCodec | None,
+        storage: StateStorage,
+        seed: int,
     ) -> None:
-        """directory: of the teacher's cache. codec: None caches hidden states. seed: of random
-        records.
+        """directory: of the teacher's cache. codec: None caches hidden states, as `storage` stores
+        them. seed: of random records.
         """
-        self.directory, self.source, self.codec, self.seed = directory, source, codec, seed
+        self.directory, self.source, self.seed = directory, source, seed
+        self.codec, self.storage = codec, storage
         self.vocab = source.vocab.to(distributed.device())
 
     def write(
@@ -204,6 +232,8 @@ class CacheWriter:
         if self.codec:
             keys = token_keys(self.seed, [split.ids[row] for row in rows], counts)
             outputs = self._encode(self.codec, outputs.to(distributed.device()), keys, error)
+        else:
+            outputs = self.storage.encode(outputs)
         parts = outputs.cpu().split(counts)
         for row, part in zip(rows.tolist(), parts, strict=True):
             checksums[shard.place(row)] = shard.write(descriptor, row, part)

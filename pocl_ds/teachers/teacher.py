@@ -132,8 +132,8 @@ class CachedTeacher:
         self._head = cache.codec or self._load_head(cache.directory / "head")
 
     def _load_head(self, folder: Path) -> OutputHead:
-        """The head that `pocl cache-teacher` wrote, in the dtype of the cached hidden states."""
-        device, dtype = distributed.device(), getattr(torch, self.cache.dtype)
+        """The head that `pocl cache-teacher` wrote, in the dtype of the hidden states."""
+        device, dtype = distributed.device(), self.cache.state_dtype
         parameters = {
             name: nn.Parameter(value.to(device, dtype), requires_grad=False)
             for file in sorted(folder.glob("*.safetensors"))
@@ -154,9 +154,10 @@ class CachedTeacher:
 
     def outputs(self, batch: Batch) -> Tensor:
         """See `Teacher`. They are read now, unless the batch brings them."""
-        if batch.teacher_outputs is not None:
-            return batch.teacher_outputs
-        return self.cache.read(batch.split, batch.rows).to(distributed.device())
+        outputs = batch.teacher_outputs
+        if outputs is None:
+            outputs = self.cache.read(batch.split, batch.rows).to(distributed.device())
+        return self.cache.decode(outputs)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[OutputHead | RecordCodec]:

@@ -134,6 +134,21 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
+def create_file(path: Path) -> Iterator[IO[Any]]:
+    """Open a temporary file that becomes `path` once the block has ended without an error and the
+    data is on disk, unless another process has created it meanwhile.
+    """
+    temporary = _temporary_name(path)
+    try:
+        with atomic_write(temporary, "wb") as stream:
+            yield stream
+        with explain_disk_errors(path), contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces `path`, or the target of that link, once the block
     has ended without an error and its files are on disk.

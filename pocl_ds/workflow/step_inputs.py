@@ -229,19 +229,20 @@ def teacher_inputs(recipe: Recipe) -> list[Any] | None:
 
 
 def record_inputs(recipe: Recipe) -> list[Any] | None:
-    """What decides the records of a teacher cached as records; every other mode gives the same
-    losses as an online teacher.
+    """What decides the outputs of a teacher that is not cached exactly; every other one gives the
+    same losses as an online teacher.
     """
-    mode = recipe.teacher.mode if recipe.teacher else None
+    mode, cache = recipe.teacher.mode if recipe.teacher else None, recipe.teacher_cache
     choices = {
-        "cached_topk": [recipe.teacher_cache.top_k],
-        "cached_sampled": [recipe.teacher_cache.num_samples, recipe.seed],
+        "cached_topk": [cache.top_k],
+        "cached_sampled": [cache.num_samples, recipe.seed],
     }
-    if mode not in choices:
-        return None
-    # Another backend rounds differently, so that it may draw or keep other ids.
-    backend = recipe.teacher_cache.backend
-    return [mode, *choices[mode], teacher_temperatures(recipe), backend]
+    if mode in choices:
+        # Another backend rounds differently, so that it may draw or keep other ids.
+        return [mode, *choices[mode], teacher_temperatures(recipe), cache.backend]
+    if mode in ("cached_hidden_states", "auto") and cache.hidden_dtype != "model":
+        return [mode, cache.hidden_dtype]
+    return None
 
 
 def teacher_temperatures(recipe: Recipe) -> tuple[float, ...]:

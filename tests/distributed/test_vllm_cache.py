@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import ROOT, environment
-from teacher_cache_runs import FINGERPRINT, LENGTHS, train_split, write_cache, write_data
+from teacher_cache_runs import (
+    LENGTHS,
+    open_train_cache,
+    write_cache,
+    write_data,
+)
 
-from pocl_ds.teachers.cache import TeacherCache
 from pocl_ds.workflow.run_dir import RunDirectory
 
 pytestmark = pytest.mark.vllm  # the package must be installed
 
 
 def states(run: RunDirectory) -> torch.Tensor:
-    cache = TeacherCache(run.teacher_cache, [train_split(run)], fingerprint=FINGERPRINT)
+    cache = open_train_cache(run)
     assert cache.find_damage("train", torch.arange(len(LENGTHS)).numpy()) is None
     return cache.read("train", tuple(range(len(LENGTHS))))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hidden_state_child import start_child_instead
 
 from pocl_ds.bench import (
@@ -195,6 +196,21 @@ def test_sampled_records_have_noise_and_top_k_records_have_bias() -> None:
             assert row["bias"] == row["error"]
     with pytest.raises(RecipeError, match="choose one of random, zipf, smollm2"):
         records.run(["normal"])
+
+
+def test_hidden_states_of_fewer_bits() -> None:
+    """Channels of different size: float8 and int8 take the same bytes, and int8 errs less."""
+    source = torch.Generator().manual_seed(0)
+    spread = torch.where(torch.arange(64) % 16 == 0, 30.0, 0.5)
+    before, hidden = (spread * torch.randn(2, 50, 64, generator=source)).unbind()
+    head = 0.2 * torch.randn(200, 64, generator=source) / spread.sqrt()
+    states = records.TeacherStates(hidden, before, head)
+    student = hidden @ head.T + torch.randn(50, 200, generator=source)
+    rows = records.measure_states("some", states, student, [1.0, 2.0])
+    by_label = {row.records: row for row in rows if row.temperature == 1.0}
+    assert [row.bytes for row in by_label.values()] == [128, 68, 68] and len(rows) == 6
+    bfloat16, float8, int8 = (row.error for row in by_label.values())
+    assert 0 < bfloat16 < int8 < float8 / 2 and float8 < 0.5
 
 
 def test_overhead_needs_a_finished_run(tmp_path: Path) -> None:

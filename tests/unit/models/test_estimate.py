@@ -288,3 +288,25 @@ def test_constants_match_the_shipped_ds_configs(name: str) -> None:
     assert zero["stage3_max_live_parameters"] == memory.LIVE_PARAMETERS
     buckets = [value for field, value in zero.items() if field.endswith("bucket_size")]
     assert buckets and set(buckets) == {memory.BUCKET}
+
+
+@pytest.mark.parametrize(
+    ("hidden_dtype", "teacher_dtype", "bytes_of_a_number", "more"),
+    [
+        ("model", "float32", 4, 0),
+        ("model", "bfloat16", 2, 0),
+        ("bfloat16", "float32", 2, 0),
+        ("int8", "bfloat16", 1, 4),
+    ],
+)
+def test_cached_hidden_states_have_the_bytes_of_their_type(
+    hidden_dtype: str, teacher_dtype: str, bytes_of_a_number: int, more: int
+) -> None:
+    setup = TrainingSetup(
+        1,
+        teacher_mode="cached_hidden_states",
+        teacher_dtype=teacher_dtype,
+        hidden_dtype=hidden_dtype,
+    )
+    expected = LARGE.width * bytes_of_a_number + more
+    assert setup.cached_bytes_per_token(LARGE) == expected

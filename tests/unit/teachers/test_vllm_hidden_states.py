@@ -14,9 +14,10 @@ import pytest
 import tiny_models
 import torch
 from teacher_cache_runs import (
-    FINGERPRINT,
     LENGTHS,
     TEMPERATURES,
+    cache_manifest,
+    open_train_cache,
     sequences,
     train_split,
     write_cache,
@@ -27,9 +28,7 @@ from torch.nn import functional
 from pocl_ds.data.batches import collate
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.load import load_model
-from pocl_ds.teachers.cache import TeacherCache
 from pocl_ds.teachers.teacher import CachedTeacher
-from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +65,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_cache(run: RunDirectory) -> tuple[CachedTeacher, Tensor]:
-    cache = TeacherCache(run.teacher_cache, [train_split(run)], fingerprint=FINGERPRINT)
+    cache = open_train_cache(run)
     return CachedTeacher(cache), cache.read("train", ROWS)
 
 
@@ -129,8 +128,8 @@ def test_both_backends_cache_the_same_states(family: str, caches: Path, tmp_path
         torch.testing.assert_close(vllm_loss, loss, rtol=1e-5, atol=0.0)
         difference = (vllm_gradient - gradient).norm() / gradient.norm()
         assert float(difference) < 1e-5
-    manifest = read_manifest(vllm_run.teacher_cache)
-    assert manifest and manifest.info["backend"] == "vllm"
+    manifest = cache_manifest(vllm_run)
+    assert manifest.info["backend"] == "vllm"
     assert manifest.info["batch_invariance"]["largest_difference"] < 1e-4
 
 

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from hidden_state_child import start_child_instead
-from teacher_cache_runs import FINGERPRINT, LENGTHS, train_split, write_cache, write_data
+from teacher_cache_runs import (
+    LENGTHS,
+    cache_manifest,
+    open_train_cache,
+    train_split,
+    write_cache,
+    write_data,
+)
 
 from pocl_ds.config import TeacherCacheConfig, TeacherConfig
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
@@ -20,7 +27,7 @@ from pocl_ds.models.recipe_model import load_recipe_model
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers import mode_selection
-from pocl_ds.teachers.cache import CacheShard, TeacherCache
+from pocl_ds.teachers.cache import CacheShard
 from pocl_ds.teachers.state_sources import SourceFactory
 from pocl_ds.teachers.vllm_source import VllmSource, first_of_group
 from pocl_ds.workflow.manifest import read_manifest
@@ -38,9 +45,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def cached(run: RunDirectory) -> torch.Tensor:
-    return TeacherCache(run.teacher_cache, [train_split(run)], fingerprint=FINGERPRINT).read(
-        "train", ROWS
-    )
+    return open_train_cache(run).read("train", ROWS)
 
 
 @pytest.mark.parametrize("mode", ["cached_hidden_states", "cached_topk"])
@@ -53,14 +58,13 @@ def test_both_backends_write_the_same_cache(
     run = write_cache(tmp_path / "b", tiny_llama_untied, mode=mode, backend="vllm", **config)
     if mode == "cached_hidden_states":
         torch.testing.assert_close(cached(run), cached(expected), rtol=1e-4, atol=1e-5)
-        head = Path("teacher_cache") / "head"
         for name in ("model.safetensors", "head.json"):
-            written = [(r.path / head / name).read_bytes() for r in (run, expected)]
-            assert written[0] == written[1]
+            heads = [open_train_cache(r).directory / "head" / name for r in (run, expected)]
+            assert heads[0].read_bytes() == heads[1].read_bytes()
     else:
         assert (cached(run) == cached(expected)).float().mean() > 0.9  # bytes of records
-    manifest = read_manifest(run.teacher_cache)
-    assert manifest and manifest.info["backend"] == "vllm"
+    manifest = cache_manifest(run)
+    assert manifest.info["backend"] == "vllm"
     assert manifest.info["batch_invariance"]["largest_difference"] < 1e-5
     assert len(processes) == 1 and processes[0].wait(30) == 0
 
@@ -112,8 +116,8 @@ def test_a_process_that_dies_is_one_sentence_and_keeps_finished_shards(
     ):
         write_cache(tmp_path, tiny_llama, backend="vllm", shards=3)
     folder = RunDirectory(tmp_path).teacher_cache
-    first = {path: path.stat().st_mtime_ns for path in folder.glob("train-00000-*")}
-    assert len(first) == 3 and not list(folder.glob("train-00001-*.manifest.json"))
+    first = {path: path.stat().st_mtime_ns for path in folder.glob("*/train-00000-*")}
+    assert len(first) == 3 and not list(folder.glob("*/train-00001-*.manifest.json"))
     monkeypatch.delenv("HIDDEN_STATE_CHILD")
     run = write_cache(tmp_path, tiny_llama, backend="vllm", shards=3)
     assert read_manifest(run.teacher_cache)
