@@ -133,8 +133,8 @@ def rows_seen(trainer: Any) -> list[tuple[int, list[int]]]:
             decode = trainer.processing_class.decode
             pairs = zip(seen["input_ids"], seen["attention_mask"], strict=True)
             texts = [decode(ids[mask.bool()]) for ids, mask in pairs]
-        found = [re.search(r"Say (\d+) and", text) for text in texts]
-        rows.append((step, [int(match[1]) for match in found if match]))
+        matches = [re.search(r"Say (\d+) and", text) for text in texts]
+        rows.append((step, [int(match[1]) for match in matches if match]))
     return rows
 
 

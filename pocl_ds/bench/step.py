@@ -87,7 +87,9 @@ def run(
             "GPU: leave it out on this machine"
         )
     chosen = [OPTIONS[argument] for argument in arguments if argument in OPTIONS]
-    contenders = chosen[-1] if chosen else CONTENDERS
+    if len(chosen) > 1:
+        raise RecipeError(f"{' and '.join(OPTIONS)} each replace the contenders: give one of them")
+    contenders = chosen[0] if chosen else CONTENDERS
     out(f"{os.cpu_count() or 1} cores; {rounds} rounds of {steps} steps, medians")
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for name in names:

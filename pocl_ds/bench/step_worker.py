@@ -7,9 +7,9 @@ STEPS OUT
 Variants: `zero3` (this package, DeepSpeed ZeRO-3) and `torch` (this package, plain PyTorch engine),
 each also with a setting of the recipe: `zero3+checkpointing`, `zero3+padded`, `zero3+sdpa`,
 `zero3+eager`, `torch+cached` (the teacher's hidden states from disk), `torch+sft` (no teacher), or
-with a token rule or `sample_weights`;
-`full` (all logits of both models, as research code does it), `sft` (the student alone, from
-transformers), `idle` (ranks that have joined and hold no model).
+with a token rule, as `torch+adakd`, or `torch+sample_weights`; `full` (all logits of both models,
+as research code does it), `sft` (the student alone, from transformers), `idle` (ranks that have
+joined and hold no model).
 """
 
 from __future__ import annotations

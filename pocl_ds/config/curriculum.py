@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -41,9 +42,9 @@ class _ScoreReader(Section):
     """A section that names a function of the samples' scores."""
 
     @property
+    @abstractmethod
     def scores(self) -> tuple[str, ...] | None:
         """The scores that the function reads; None if it may read any, as a plugin's."""
-        raise NotImplementedError
 
     def reads(self, *names: str) -> bool:
         """Whether the function is known to read one of these scores."""

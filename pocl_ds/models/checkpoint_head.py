@@ -43,23 +43,22 @@ def load_output_head(
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
     model = empty_model(config, trust_remote_code=trust_remote_code)
     head = output_head(model)
-    found = _read_parameters(path, revision, config, model)
-    if found is None and (method := quantization_method(config)):
+    parameters = _read_parameters(path, revision, config, model)
+    if parameters is None and (method := quantization_method(config)):
         raise ModelError(
             f"the output head of {path} is quantized too ({method}), or stored in a form that "
             "cannot be read alone: use a model with an unquantized head"
         )
-    if found is None:
+    if parameters is None:
         log.info("loading all of %s on the CPU for its output head", path)
         complete = load_model(
             path, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
         )
         head = output_head(complete)
-        parameters = (head.weight, head.bias)
-        found = [None if parameter is None else parameter.detach() for parameter in parameters]
+        parameters = [None if p is None else p.detach() for p in (head.weight, head.bias)]
     weight, bias = (
         None if value is None else nn.Parameter(value.to(device, getattr(torch, dtype)), False)
-        for value in found
+        for value in parameters
     )
     return OutputHead(weight, bias, head.scale, head.soft_cap)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.teachers.codecs import read_codec
-from pocl_ds.teachers.quantized_states import QuantizedStates
+from pocl_ds.teachers.quantized_states import QuantizedStates, StateStorage
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors, save_array
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest
 
@@ -183,9 +183,9 @@ class TeacherCache:
         self.codec = read_codec(manifest.info["mode"], fields) if fields else None
         # How hidden states are stored, and their type when they are read.
         self.state_dtype = getattr(torch, manifest.info.get("state_dtype", self.dtype))
-        self.quantized: QuantizedStates | None = None
-        if self.codec is None and self.dtype == "uint8":
-            self.quantized = QuantizedStates.load(directory)
+        is_quantized = self.codec is None and self.dtype == "uint8"
+        quantized = QuantizedStates.load(directory) if is_quantized else None
+        self.storage = StateStorage(quantized=quantized)
         self._rows: dict[str, NDArray[np.int64]] = {}
         self._shards: dict[str, list[tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]]] = {}
         self._ends: dict[str, NDArray[np.int64]] = {}  # of the shards, as places in `_rows`
@@ -208,11 +208,7 @@ class TeacherCache:
 
     def decode(self, outputs: Tensor) -> Tensor:
         """What `read` returned, on any device: hidden states in their own type, or records."""
-        if self.codec:
-            return outputs
-        if self.quantized:
-            return self.quantized.decode(outputs, self.state_dtype)
-        return outputs.to(self.state_dtype)
+        return outputs if self.codec else self.storage.decode(outputs, self.state_dtype)
 
     def find_damage(self, split: str, rows: NDArray[np.int64]) -> str | None:
         """A sentence about the first of these rows that is missing or whose checksum differs, or

@@ -22,8 +22,9 @@ from pocl_ds.runtime.hashing import token_keys
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.cache import STEP, CacheShard
 from pocl_ds.teachers.mode_selection import TeacherUsage, measure_and_select_mode
+from pocl_ds.teachers.quantized_states import StateStorage
 from pocl_ds.teachers.state_sources import HiddenStateSource, SourceFactory
-from pocl_ds.teachers.state_storage import StateStorage, prepare_storage
+from pocl_ds.teachers.state_storage import prepare_storage
 from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
 from pocl_ds.workflow.manifest import write_manifest
 

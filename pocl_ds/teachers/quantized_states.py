@@ -54,13 +54,12 @@ class QuantizedStates:
             ) from None
         return cls(mean, spread)
 
-    def save(self, directory: Path) -> QuantizedStates:
-        """Write them, and return those that the cache has: of several tasks that write at once, the
-        first decides.
+    def save(self, directory: Path) -> None:
+        """Write them, unless the cache has some: of several tasks that write at once, the first
+        decides.
         """
         with create_file(directory / FILE) as stream:
             save_array(stream, torch.stack([self.mean, self.spread]).numpy())
-        return self.load(directory)
 
     @property
     def width(self) -> int:
@@ -93,6 +92,24 @@ class QuantizedStates:
         scale = records[:, :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
         levels = records[:, SCALE_BYTES:].contiguous().view(torch.int8).float()
         return (levels * scale.view(torch.float32)).mul_(spread).add_(mean).to(dtype)
+
+
+@dataclass(frozen=True)
+class StateStorage:
+    """How hidden states are stored. hidden_dtype: of the recipe. quantized: with int8."""
+
+    hidden_dtype: str = "model"
+    quantized: QuantizedStates | None = None
+
+    def encode(self, hidden: Tensor) -> Tensor:
+        """What is stored of hidden states [n, width]: as many numbers, or records [n, bytes]."""
+        if self.quantized:
+            return self.quantized.encode(hidden)
+        return hidden.to(torch.bfloat16) if self.hidden_dtype == "bfloat16" else hidden
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The hidden states that a reader gets."""
+        return self.quantized.decode(stored, dtype) if self.quantized else stored.to(dtype)
 
 
 def distribution_error(exact: Tensor, stored: Tensor, temperature: float) -> Tensor:

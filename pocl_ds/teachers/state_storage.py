@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,18 @@ from torch import Tensor
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import STEP
-from pocl_ds.teachers.quantized_states import FILE, QuantizedStates, distribution_error
+from pocl_ds.teachers.quantized_states import (
+    FILE,
+    QuantizedStates,
+    StateStorage,
+    distribution_error,
+)
 from pocl_ds.teachers.state_sources import HiddenStateSource
 
 log = logging.getLogger("pocl_ds")
 
 SAMPLES = 64  # whose states calibrate and measure
 MEASURED_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class StateStorage:
-    """hidden_dtype: of the recipe. quantized: with int8."""
-
-    hidden_dtype: str = "model"
-    quantized: QuantizedStates | None = None
-
-    def encode(self, hidden: Tensor) -> Tensor:
-        """What is stored of hidden states [n, width]: as many numbers, or records [n, bytes]."""
-        if self.quantized:
-            return self.quantized.encode(hidden)
-        return hidden.to(torch.bfloat16) if self.hidden_dtype == "bfloat16" else hidden
-
-    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The hidden states that a reader gets."""
-        return self.quantized.decode(stored, dtype) if self.quantized else stored.to(dtype)
 
 
 def prepare_storage(

@@ -115,6 +115,11 @@ def test_settings_and_hooks_replace_the_contenders(
     assert measured == [label for label, *_ in step.OPTIONS[option]]
 
 
+def test_settings_and_hooks_together_are_refused() -> None:
+    with pytest.raises(RecipeError, match="--settings and --hooks each replace the contenders"):
+        step.run(["tiny", *step.OPTIONS], lambda _: None)
+
+
 @pytest.mark.parametrize("hook", ["adakd", "sample_weights"])
 def test_a_hook_changes_the_loss(hook: str, tmp_path: Path) -> None:
     """The benchmark trains with the hook that it names."""

@@ -108,16 +108,16 @@ def test_what_cannot_be_divided_is_refused() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_micro_batch_has_the_weights_of_its_samples(rank: int) -> None:
-    given = np.linspace(0.5, 2, 40, dtype=np.float32)
-    plan = make_plan(sample_weights=given)
+    row_weights = np.linspace(0.5, 2, 40, dtype=np.float32)
+    plan = make_plan(sample_weights=row_weights)
     sampler = make_sampler(plan, ranks=2, micro=3, rank=rank)
     rows = np.array(list(sampler)).reshape(plan.total_steps, 2, 3)
     for step, micro_batches in enumerate(rows):
         stage = sampler.stage(step)
-        mean = given[stage.sample_ids].mean(dtype=np.float64)
+        mean = row_weights[stage.sample_ids].mean(dtype=np.float64)
         for micro_step, part in enumerate(micro_batches):
             actual = sampler.sample_weights(step, micro_step)
-            np.testing.assert_allclose(actual, given[part] / mean, rtol=1e-6)
+            np.testing.assert_allclose(actual, row_weights[part] / mean, rtol=1e-6)
     assert make_sampler(make_plan()).sample_weights(0, 0) is None
 
 

@@ -77,8 +77,8 @@ def test_the_error_of_distributions() -> None:
     exact[:, 3] = stored[:, 3] = -torch.inf
     for temperature in (1.0, 1.7):
         p, q = ((side.double() / temperature).softmax(-1) for side in (exact, stored))
-        kept = [i for i in range(11) if i != 3]
-        kl = (p[:, kept] * (p[:, kept] / q[:, kept]).log()).sum()
+        allowed = [i for i in range(11) if i != 3]
+        kl = (p[:, allowed] * (p[:, allowed] / q[:, allowed]).log()).sum()
         actual = distribution_error(exact, stored, temperature)
         expected = torch.stack([kl, (p - q).square().sum()])
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
