@@ -1,9 +1,9 @@
-"""An mkdocs hook: when the site is built, write `reference/recipe.md` and `reference/cli.md`, and
-copy `examples/`.
+"""An mkdocs hook: when the site is built, write `reference/recipe.md`, `reference/profile.md` and
+`reference/cli.md`, and copy `examples/`.
 
-The recipe's fields come from the JSON schema of `pocl_ds.config.Recipe`, the commands from the
-click commands behind `pocl_ds.cli.main.app`. `tests/unit/docs` uses the same two walks to check
-what the pages, the README and the recipes in them name.
+The fields come from the JSON schemas of `pocl_ds.config.Recipe` and of the profile, the commands
+from the click commands behind `pocl_ds.cli.main.app`. `tests/unit/docs` uses the same walks to
+check what the pages, the README and the recipes in them name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
-PAGES = (RECIPE_PAGE, CLI_PAGE)
+RECIPE_PAGE, PROFILE_PAGE = "reference/recipe.md", "reference/profile.md"
+CLI_PAGE = "reference/cli.md"
+PAGES = (RECIPE_PAGE, PROFILE_PAGE, CLI_PAGE)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -202,7 +203,31 @@ def recipe_page() -> str:
         "say how a run is executed (ranks, shards, logging), not what it computes: changing them",
         "never invalidates finished work.",
     ]
-    for section in recipe_sections():
+    return "\n".join([*lines, *_section_lines(recipe_sections()), *_ds_config_lines()]) + "\n"
+
+
+def profile_page() -> str:
+    """`reference/profile.md`."""
+    from pocl_ds.cluster.profile import Profile
+
+    schema = Profile.model_json_schema()
+    top = RecipeSection("", "Fields above all sections.")
+    sections = tuple(walk_schema(schema, schema.get("$defs", {}), top))
+    lines = [
+        "# Profile reference",
+        "",
+        "A profile is one YAML file with the options that jobs need on a cluster, and no",
+        "hyper-parameters. `pocl profile detect` writes one from what SLURM reports,",
+        "`pocl profile show NAME` prints one with its defaults. Texts that YAML would read as",
+        "numbers need quotes: a time limit, a number in `environment`.",
+    ]
+    return "\n".join([*lines, *_section_lines(sections)]) + "\n"
+
+
+def _section_lines(sections: Iterable[RecipeSection]) -> list[str]:
+    """A heading and a table of fields for each section."""
+    lines: list[str] = []
+    for section in sections:
         level = "##" if section.path.count(".") == 0 else "###"
         kind = {"list": " A list of entries.", "table": " A table of named entries."}
         note = kind.get(section.kind, "") + (" May be `null`." if section.optional else "")
@@ -212,7 +237,7 @@ def recipe_page() -> str:
         if section.fields:
             lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
             lines += [_row(section, entry) for entry in section.fields]
-    return "\n".join([*lines, *_ds_config_lines()]) + "\n"
+    return lines
 
 
 def _ds_config_lines() -> list[str]:
@@ -404,7 +429,7 @@ def _choices(parameter: Any) -> list[str]:
 
 def pages() -> dict[str, str]:
     """The generated pages: path below docs/ -> Markdown."""
-    return {RECIPE_PAGE: recipe_page(), CLI_PAGE: cli_page()}
+    return {RECIPE_PAGE: recipe_page(), PROFILE_PAGE: profile_page(), CLI_PAGE: cli_page()}
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Distill a small real model on this machine, from a fresh checkout to the report. Arguments go to `pocl run`:
+# Distill a small real model on this machine, from a fresh checkout to the report: fine-tune the teacher on the data, then distil it.
+# Arguments go to the second `pocl run`; a second call continues:
 #   launch/quickstart.sh --baseline train.lr=1e-4
 set -euo pipefail
 
@@ -7,9 +8,16 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 bash launch/setup.sh --quickstart
 export PATH=$here/.venv/bin:$PATH
-overrides=()
-if [ "$(cat .venv/.pocl-stack)" = cuda ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
-  echo "quickstart: one GPU is visible and a GPU runs one rank: setting launch.ranks=1 (the recipe has 2)"
-  overrides=(launch.ranks=1)
-fi
-exec pocl run quickstart --run-dir runs/quickstart "${overrides[@]}" "$@"
+start=$SECONDS teacher=runs/quickstart-teacher
+
+echo "quickstart: 1/2: fine-tuning the teacher, SmolLM2-135M, on short stories with a question ($teacher)"
+pocl run quickstart-teacher --run-dir "$teacher"
+echo "quickstart: 2/2: distilling it into 20 of its 30 layers, from easy to hard (runs/quickstart)"
+pocl run quickstart --run-dir runs/quickstart "teacher.model=$teacher/export" "student.model=$teacher/export" "$@"
+
+cat <<EOF
+
+quickstart: done in $((SECONDS - start)) s. Continue with your own data or on SLURM (docs/quickstart.md):
+  .venv/bin/pocl run quickstart --run-dir runs/mine data.source=my.jsonl prompt.max_length=512
+  .venv/bin/pocl submit qwen2.5-7b-to-0.5b --profile my-cluster.yaml --run-dir /shared/runs/qwen
+EOF

@@ -108,8 +108,8 @@ echo "$stack" >"$venv/.pocl-stack"
 export PATH=$venv/bin:$PATH DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 export UV_NO_PROGRESS=1 UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 
-# log_step TEXT COMMAND...: run a command, write its output to the log and print its duration.
-log_step() {
+# run_step TEXT COMMAND...: run a command, write its output to the log, print its duration and return its exit code.
+run_step() {
   local text=$1 start=$SECONDS
   shift
   printf 'setup: %s ... ' "$text"
@@ -118,9 +118,35 @@ log_step() {
     echo "$((SECONDS - start)) s"
   else
     echo "failed after $((SECONDS - start)) s"
-    tail -n 5 "$log" >&2
-    fail "the step '$text' failed: fix the error (log: $log) and run this again" 1
+    return 1
   fi
+}
+
+# Like run_step, and end with a sentence if the command fails.
+log_step() {
+  run_step "$@" && return
+  tail -n 5 "$log" >&2
+  fail "the step '$1' failed: $(explain_failure) (log: $log), and run this again" 1
+}
+
+# Print what the last step lacks and what to do, from the messages of pip and uv. Passwords in addresses are left out.
+explain_failure() {
+  local messages address missing
+  messages=$(awk '/^\$ /{text = ""} {text = text $0 "\n"} END {printf "%s", text}' "$log" | sed -E 's#://[^/@ ]*@#://#g')
+  address=$(sed -n 's/.*Failed to fetch: //p' <<<"$messages" | tr -d '\140' | head -n 1) # without backticks
+  if grep -qE 'Failed to establish a new connection|Connection refused|[Nn]ame or service not known|dns error|timed out' <<<"$messages"; then
+    echo "${address:-the package index} cannot be reached: name a mirror that can (pip config set global.index-url ADDRESS)"
+    return
+  fi
+  missing=$(sed -nE 's/.*there (is no version|are no versions) of ([^ ,]+).*/\2/p
+    s/.*[Bb]ecause (only )?([^ <>=]+[^ ]*) (was not found in the package registry|has no wheels|is available|are available).*/\2/p
+    s/.*No matching distribution found for ([^ ]+).*/\1/p' <<<"$messages" | head -n 1)
+  if [ -n "$missing" ]; then
+    echo "the package index has no suitable file of $missing ($("$venv/bin/python" -V), $(uname -m)): have it added to your mirror," \
+      "or put the wheel that another machine has downloaded into a folder and export PIP_FIND_LINKS=FOLDER"
+    return
+  fi
+  echo "fix the error"
 }
 
 # uv does not read pip's configuration. Print its settings as uv's environment variables.
@@ -147,7 +173,8 @@ if "extra-index-url" in settings:  # pip takes the best version of all indexes, 
 
 # Install uv with pip, then everything else with uv, which takes a sixth of pip's time.
 prepare_uv() {
-  log_step "uv" "$venv/bin/python" -m pip install -c constraints.txt uv
+  # With a constraint pip calls a missing version a conflict.
+  log_step "uv" "$venv/bin/python" -m pip install "$(grep -m 1 -o '^uv==[^ ;]*' constraints.txt)"
   local line name
   while read -r line; do
     name=${line%%=*}
@@ -158,14 +185,26 @@ prepare_uv() {
   [ "$stack" = cuda ] || printf '%s\n' torchvision torchaudio torchcodec >"$venv/.pocl-excludes"
 }
 
+# Bytecode is compiled here, once: where the environment forbids Python to write it, or .venv is read-only on the nodes, each rank
+# would compile 3,500 modules at its start. uv compiles only the packages that a call installs.
 uv_install() {
-  "$venv/bin/python" -m uv pip install --python "$venv/bin/python" -c constraints.txt --excludes "$venv/.pocl-excludes" "$@"
+  "$venv/bin/python" -m uv pip install --compile-bytecode --python "$venv/bin/python" -c constraints.txt --excludes "$venv/.pocl-excludes" "$@"
 }
 
 # Take the CPU build from a configured source if one has it, else from PyTorch's own index. Without --no-config pyproject.toml would
 # override the requested version with one that the CUDA build satisfies too.
 install_cpu_torch() {
   uv_install --no-config "torch==$torch+cpu" || uv_install --no-config --torch-backend cpu "torch==$torch+cpu"
+}
+
+# On a machine that reaches only a mirror without the CPU build, the index's own build does too.
+install_torch_for_cpus() {
+  run_step "torch $torch, CPU build" install_cpu_torch && return
+  echo "setup: no index that can be reached has the CPU build for this Python: installing the package index's own build, which works" \
+    "on CPUs too but brings CUDA, about 3 GB to download and 5 GB on the disk (to avoid it, download the wheel of" \
+    "torch-$torch+cpu from PyTorch's index elsewhere, put it into a folder and export PIP_FIND_LINKS=FOLDER)"
+  log_step "torch $torch, the package index's build" uv_install --no-config "torch==$torch"
+  echo "setup: .venv takes $(du -sh "$venv" | cut -f 1) with it"
 }
 
 # vLLM's Triton compiles on GPUs with gcc and Python.h. Training works without them, so their absence is only a warning.
@@ -204,11 +243,9 @@ for group in "${missing_groups[@]}"; do
 done
 echo "setup: installing the ${stack^^} stack ($reason); the log is ${log#"$here"/}"
 prepare_uv
-[ "$stack" = cuda ] || log_step "torch $torch, CPU build" install_cpu_torch
+[ "$stack" = cuda ] || install_torch_for_cpus
 [ "$stack" = cpu ] || ensure_compiler
-# Bytecode is compiled here, once: where the environment forbids Python to write it, or .venv is read-only on the nodes, each rank
-# would compile 3,500 modules at its start.
-log_step "pinned packages ($extras), and pocl_ds itself" uv_install --compile-bytecode -e ".[$extras]"
+log_step "pinned packages ($extras), and pocl_ds itself" uv_install -e ".[$extras]"
 log_step "first import of torch, transformers, deepspeed" env PYTHONWARNINGS=ignore \
   "$venv/bin/python" -c 'import torch, transformers, deepspeed, datasets, pocl_ds.config'
 [ "$stack" = cpu ] || ensure_gpu_works

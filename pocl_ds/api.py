@@ -1,4 +1,6 @@
-"""The Python interface of a whole run: `run` is `pocl run`, `distill` builds the recipe first."""
+"""The Python interface of a whole run: `run` is `pocl run`, `submit` is `pocl submit`, and
+`distill` builds the recipe of a run first.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from pocl_ds.workflow.files import atomic_directory, atomic_write, read_json
 from pocl_ds.workflow.pipeline import run_pipeline
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import check_is_run_directory
+from pocl_ds.workflow.steps import STEP_NAMES, check_step_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +65,51 @@ def run(recipe: Recipe | str | Path, run_dir: str | Path) -> RunResult:
         report=directory.report / "report.html",
         metrics=read_json(directory.evaluation / "results.json")["models"],
     )
+
+
+def submit(
+    recipe: Recipe | str | Path,
+    profile: str | Path,
+    run_dir: str | Path,
+    *,
+    nodes: int | None = None,
+    start: str = STEP_NAMES[0],
+    until: str = STEP_NAMES[-1],
+) -> dict[str, str]:
+    """Submit a run to SLURM as dependent jobs, as `pocl submit` does.
+
+    Args:
+        recipe: a recipe, the path of its YAML file, or the name of a shipped one.
+        profile: file or name of the cluster's profile.
+        run_dir: folder of the results, which all nodes see.
+        nodes: nodes of the training; None: as many as `launch.ranks` fills.
+        start: first step to submit; those before it must be finished.
+        until: last step to submit.
+
+    Returns:
+        The ids of the jobs by name; empty if every step is finished.
+
+    Raises:
+        PoclError: an error that the user can fix, in one sentence.
+    """
+    # Checks of a submission load transformers, which a run need not.
+    from pocl_ds.cluster.profile import load_profile
+    from pocl_ds.cluster.submit import Submission
+    from pocl_ds.cluster.submit_checks import check_submission
+
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(str(recipe))
+    check_step_names({"start": start, "until": until})
+    submission = Submission(
+        RunDirectory(run_dir),
+        recipe,
+        load_profile(str(profile)),
+        nodes=nodes,
+        start=start,
+        until=until,
+    )
+    check_submission(submission)
+    return submission.submit() if submission.jobs else {}
 
 
 def distill(

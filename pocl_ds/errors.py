@@ -24,6 +24,14 @@ from collections.abc import Collection, Iterable
 EXIT_RESUME = 75  # exit code (EX_TEMPFAIL): everything is saved, start the same command again
 EXIT_UNFIT_NODE = 71  # exit code (EX_OSERR): this node cannot do its part, another node may
 EXIT_HANG = 74  # exit code: a rank made no progress for too long
+# In the message of a rank that did not fail first.
+LOST_RANK = "lost the connection to another rank"
+# What gloo, NCCL and torch's store say when a process at the other end is gone.
+CONNECTION_LOST = re.compile(
+    r"Connection (?:closed|reset|refused)|Connection was likely closed|[Bb]roken pipe|"
+    r"remote process exited|communicator was aborted|Socket closed"
+)
+COLLECTIVE = re.compile(r"gloo|nccl|TCPStore|c10d|transport/tcp|Failed to recv", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
@@ -101,6 +109,11 @@ def did_you_mean(name: object, known: Collection[str]) -> str:
     return f"use one of {', '.join(known)}" if known else "none is registered, remove it"
 
 
+def decode_fault(error: UnicodeDecodeError) -> str:
+    """Where a text that was read as a whole is not UTF-8: `invalid start byte in line 3`."""
+    return f"{error.reason} in line {error.object[: error.start].count(10) + 1}"
+
+
 def memory_fault(error: Exception) -> str | None:
     """What an out-of-memory error says about the request and the device; None for other errors.
 
@@ -116,6 +129,17 @@ def memory_fault(error: Exception) -> str | None:
     matches = (re.search(pattern, message, re.IGNORECASE) for pattern in patterns)
     details = [match[1] for match in matches if match]
     return ", ".join(details) or message[:200] or "the error has no details"
+
+
+def connection_fault(error: Exception) -> str | None:
+    """What a collective says when another rank is gone; None for other errors.
+
+    gloo raises RuntimeError, NCCL and the store subclasses of it.
+    """
+    message = " ".join(str(error).split())
+    if (match := CONNECTION_LOST.search(message)) and COLLECTIVE.search(message):
+        return match[0]
+    return None
 
 
 def compile_fault(error: Exception) -> str | None:

@@ -18,8 +18,8 @@ A recipe lists the modules that use them in `plugins`.
 
     # score.metrics=[length] and ranking.strategy=length: a smaller number is easier
     @plugins.metric("length")
-    def length(responses, references, log_probs):
-        return [len(texts[0]) for texts in references]
+    def length(samples):
+        return [len(texts[0]) for texts in samples.references]
 
     # ranking.strategy=shortest_id_first
     @plugins.strategy("shortest_id_first")
@@ -31,7 +31,7 @@ A recipe lists the modules that use them in `plugins`.
     def half(scores, *, weight):
         return [1 if place < 0.5 else weight for place in scores["place"]]
 
-    # curriculum.rescoring.difficulty=gap: ranks the samples anew when a stage begins
+    # curriculum.rescoring.difficulty=gap: ranks the samples again when a stage begins
     @plugins.difficulty("gap")
     def gap(scores):
         return scores["cross_entropy"] - scores["teacher_cross_entropy"]
@@ -117,11 +117,11 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
 def metric(name: str) -> Callable[[Registered], Registered]:
     """Register a difficulty metric for `score.metrics`, which is a ranking strategy too.
 
-    The function maps the student's responses, the references (a list per sample) and the
-    log-probabilities of the first reference's tokens to one number per sample; a smaller one is
-    easier. Raises RecipeError for a name that is in use.
+    The function maps `difficulty.plugin_metrics.ScoredSamples` (prompts, the student's responses,
+    references and their log-probabilities) to one number per sample; a smaller one is easier.
+    Raises RecipeError for a name that is in use.
     """
-    from pocl_ds.difficulty.score import METRICS
+    from pocl_ds.difficulty.plugin_metrics import METRICS
 
     return _register(
         "metric", name, METRICS, lambda: registry.METRICS.append(name), registry.STRATEGIES

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from pocl_ds.errors import Interrupted
+from pocl_ds.workflow.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "PLANTEDplantedPLANTEDplanted"  # must not appear in any output or file
@@ -37,19 +42,37 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `pocl WORDS...` to its end."""
-    process = subprocess.run(
-        [sys.executable, "-m", "pocl_ds.cli.main", *words],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=380,
-        umask=0o022,
-    )
+    """Run `pocl WORDS...` to its end, in a process that is forked from one with torch imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, name) for name in ("stdout", "stderr")}
+        request = {"words": words, "environment": environment()}
+        request |= {name: str(path) for name, path in files.items()}
+        try:
+            code = _server().run("redirected_command", [json.dumps(request)], ["models"])
+        except Interrupted as error:  # a signal ended it
+            code = error.exit_code
+        output = {name: path.read_text() for name, path in files.items()}
+    process = subprocess.CompletedProcess(words, code, **output)
     assert PLANTED not in process.stdout + process.stderr
     assert not check or process.returncode == 0, process.stderr[-3000:]
     return process
+
+
+_servers: dict[str, ForkServer] = {}  # at most one, by its environment
+
+
+def _server() -> ForkServer:
+    """The server of forked commands. Imports read variables, so another environment needs another
+    one.
+    """
+    variables = {k: v for k, v in environment().items() if not k.startswith("PYTEST_")}
+    key = json.dumps(variables, sort_keys=True)
+    if key not in _servers:
+        for server in _servers.values():
+            server.close()
+        _servers.clear()
+        _servers[key] = ForkServer({"PYTHONPATH": str(ROOT / "tests")})
+    return _servers[key]
 
 
 def run_module(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> None:

@@ -70,6 +70,14 @@ def log_as_imported() -> Iterator[None]:
 
 
 @pytest.fixture
+def hangup_signal() -> Iterator[None]:
+    """SIGHUP is not ignored here, as it is under nohup, nor in processes that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def modules_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Store the custom code of models in a folder of this test, and forget earlier tests' code."""
     folder = str(tmp_path / "modules")

@@ -12,6 +12,7 @@ import pytest
 
 from pocl_ds.cli.main import main
 from pocl_ds.runtime.process_exit import SIGNALS
+from pocl_ds.workflow.manifest import VERIFIED
 
 
 @contextmanager
@@ -43,5 +44,11 @@ def error_message(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def files_below(folder: Path) -> set[str]:
-    """Relative paths of all files below a folder; empty if there is no folder."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Relative paths of all files below a folder, except the records of verified files; empty if
+    there is no folder.
+    """
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != VERIFIED
+    }

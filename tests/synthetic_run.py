@@ -143,6 +143,7 @@ class SyntheticRun:
                     "optimizer_seconds": 0.1,
                     "wait_seconds": 0.08,
                     "mfu": 0.41,
+                    "load_imbalance": 1.08,
                     "sample_ids_digest": "0" * 16,
                 }
                 stream.write(json.dumps(record) + "\n")

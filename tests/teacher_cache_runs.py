@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig
+from pocl_ds.config import (
+    StudentConfig,
+    TeacherCacheConfig,
+    TeacherConfig,
+    TeacherEndpointConfig,
+)
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.teachers.cache import TeacherCache
@@ -44,22 +49,29 @@ def write_cache(
     folder: Path,
     model: Path,
     *,
+    student: Path | None = None,
     mode: Any = "cached_hidden_states",
     quantization: Any = "none",
     shard: int | None = None,
     visits: float = 2.0,
+    endpoint: dict[str, Any] | None = None,
+    temperatures: tuple[float, ...] = TEMPERATURES,
     **config: Any,
 ) -> RunDirectory:
-    """Run the step. config: fields of section `teacher_cache`."""
+    """Run the step. student: by default the teacher. config: fields of section `teacher_cache`."""
     run = write_data(folder)
     cache_teacher(
         run,
         teacher=TeacherConfig(
-            model=str(model), mode=mode, quantization=quantization, ds_config=None
+            model=str(model),
+            mode=mode,
+            quantization=quantization,
+            ds_config=None,
+            endpoint=TeacherEndpointConfig(**endpoint) if endpoint else None,
         ),
-        student=StudentConfig(model=str(model)),
+        student=StudentConfig(model=str(student or model)),
         config=TeacherCacheConfig(**{"top_k": 6, "num_samples": 9, **config}),
-        usage=TeacherUsage(visits, TEMPERATURES),
+        usage=TeacherUsage(visits, temperatures),
         seed=0,
         fingerprint=FINGERPRINT,
         model_fingerprints={"teacher": FINGERPRINT},

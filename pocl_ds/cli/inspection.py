@@ -19,7 +19,6 @@ from pocl_ds.cli.parameters import (
     add_panel,
     existing_run,
     join_words,
-    nearest,
     read_recipe,
 )
 from pocl_ds.cli.tables import print_table
@@ -43,6 +42,7 @@ def add_commands(app: typer.Typer) -> None:
             compare_difficulty,
             "pocl compare-difficulty --run-dir runs/small --run-dir runs/large",
         ),
+        ("verify", verify, "pocl verify --run-dir runs/x"),
         ("push", push, "pocl push --run-dir runs/x --repo my-org/my-student --dry-run"),
         ("show", show, "pocl show quickstart train.lr=1e-4"),
         ("recipes", recipes, "pocl recipes"),
@@ -147,7 +147,7 @@ def _models_to_compare(
 
     Raises RecipeError unless this names two different models.
     """
-    from pocl_ds.errors import RecipeError
+    from pocl_ds.errors import RecipeError, did_you_mean
     from pocl_ds.evaluation.compare_models import ComparedModel
 
     if len(paths) > 2:
@@ -161,7 +161,7 @@ def _models_to_compare(
     model_names = list(get_args(ModelName))
     if unknown := next((name for name in names if name not in model_names), None):
         raise RecipeError(
-            f"--models {unknown}: there is no such model: {nearest(unknown, model_names)}"
+            f"--models {unknown}: there is no such model: {did_you_mean(unknown, model_names)}"
         )
     runs = [existing_run(path) for path in paths] * (3 - len(paths))
     if runs[0].path.resolve() == runs[1].path.resolve() and names[0] == names[1]:
@@ -249,6 +249,29 @@ def compare_difficulty(
     rankings = [read_ranked_samples(run, label) for run, label in zip(runs, labels, strict=True)]
     count = subsets or max(load_recipe(str(run.recipe)).curriculum.num_subsets for run in runs)
     print("\n".join(difficulty_lines(rankings, count)))
+    return 0
+
+
+def verify(run_dir: ExistingRunDirOption) -> int:
+    """Compare every file of a run with the checksum that its step wrote."""
+    from pocl_ds.errors import ArtifactError
+    from pocl_ds.runtime.formatting import format_size
+    from pocl_ds.runtime.logs import setup_logging
+    from pocl_ds.workflow.verify import verify_run
+
+    setup_logging()
+    run = existing_run(run_dir)
+    results = verify_run(run)
+    rows = [["result", "files", "size", "state"]]
+    for result in results:
+        state = "; ".join(result.faults[:3]) or "undamaged"
+        rows.append([result.name, str(result.files), format_size(result.bytes), state])
+    print_table(rows)
+    if damaged := sum(bool(result.faults) for result in results):
+        raise ArtifactError(
+            f"{damaged} of {len(results)} results in {run.path} are damaged: `pocl run --run-dir "
+            f"{run.path}` makes them again"
+        )
     return 0
 
 

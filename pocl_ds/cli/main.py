@@ -15,8 +15,7 @@ import typer
 import typer.main
 
 from pocl_ds import __version__
-from pocl_ds.cli import cluster, inspection, pipeline, tools
-from pocl_ds.cli.parameters import nearest
+from pocl_ds.cli import cluster, inspection, pipeline, planning, tools
 from pocl_ds.workflow.steps import STEP
 
 COMPLETION = "_POCL_COMPLETE"  # set by the shell's completion script
@@ -45,7 +44,7 @@ def _options(
     """Distil a large language model into a small one by a curriculum."""
 
 
-for panel in (pipeline, inspection, cluster, tools):
+for panel in (pipeline, inspection, cluster, planning, tools):
     panel.add_commands(app)
 
 
@@ -56,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments: the words after `pocl`; None: those of this process.
     """
     from pocl_ds.runtime.credentials import redact
+    from pocl_ds.runtime.parent_death import bind_forked_children
     from pocl_ds.runtime.process_exit import (
         install_signal_handlers,
         print_error,
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     install_signal_handlers()
+    bind_forked_children()
     error = ""
     try:
         code, error = _main(sys.argv[1:] if arguments is None else arguments)
@@ -81,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> tuple[int, str]:
     """Exit code, and the sentence that explains a code other than 0."""
-    from pocl_ds.errors import PoclError, compile_fault, memory_fault
-    from pocl_ds.runtime.process_exit import was_interrupted
+    from pocl_ds.errors import PoclError, compile_fault, did_you_mean, memory_fault
+    from pocl_ds.runtime.process_exit import explain_lost_rank, was_interrupted
 
     # Complete words for the shell, or find the command.
     group = _command_group()
@@ -94,7 +95,7 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     # Run it, and turn each kind of error into an exit code and a sentence.
     try:
         if command and command not in group.commands:
-            suggestion = nearest(command, list(group.commands))
+            suggestion = did_you_mean(command, group.commands)
             return 2, _explain(
                 "pocl", f"there is no command {command!r}: {suggestion} (pocl --help)"
             )
@@ -110,6 +111,8 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     except (RuntimeError, MemoryError) as error:
         if (fault := compile_fault(error)) is not None:
             return 2, _explain(program, f"torch.compile failed ({fault}): set train.compile=none")
+        if (sentence := explain_lost_rank(error)) is not None:
+            return 1, _explain(program, sentence)
         if (fault := memory_fault(error)) is None:
             raise
         step = STEP.get(command)

@@ -188,18 +188,13 @@ def existing_run(path: Path) -> RunDirectory:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`I/N` as two integers. Raises RecipeError unless 0 <= I < N."""
+    """`I/N` as two integers. Raises RecipeError unless 0 <= I < N <= MAX_SHARDS."""
+    from pocl_ds.config.base import MAX_SHARDS
     from pocl_ds.errors import RecipeError
 
     match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise RecipeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 2/8")
+    if int(match[2]) > MAX_SHARDS:
+        raise RecipeError(f"--shard {text}: a step has at most {MAX_SHARDS} shards")
     return int(match[1]), int(match[2])
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`did you mean X?`, or all known names."""
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"

@@ -18,12 +18,19 @@ from pocl_ds.cli.parameters import (
     RunDirOption,
     complete_step,
     join_words,
-    nearest,
     parse_shard,
     read_recipe,
 )
 from pocl_ds.cli.tables import print_table
-from pocl_ds.workflow.steps import STEP, STEP_NAMES, STEPS, Step, StepRequest, enabled_steps
+from pocl_ds.workflow.steps import (
+    STEP,
+    STEP_NAMES,
+    STEPS,
+    Step,
+    StepRequest,
+    check_step_names,
+    enabled_steps,
+)
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -56,6 +63,25 @@ REQUEST_OPTIONS: dict[str, Any] = {
         typer.Option(
             metavar="DIR",
             help="Write to this folder. Default: export/ in the run directory.",
+            show_default=False,
+        ),
+    ],
+    "export_to": Annotated[
+        Path | None,
+        typer.Option(
+            "--export",
+            metavar="DIR",
+            help="Write the finished cache to this folder, for other runs and machines.",
+            show_default=False,
+        ),
+    ],
+    "import_from": Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="DIR",
+            help="Fill the cache from this folder, which --export or DistillKit wrote, in place of "
+            "running the teacher.",
             show_default=False,
         ),
     ],
@@ -133,13 +159,10 @@ def run(
     ] = STEP_NAMES[-1],
 ) -> int:
     """Run every workflow step in order: `pocl run`."""
-    from pocl_ds.errors import RecipeError, ResourceError
+    from pocl_ds.errors import ResourceError
 
     rank = _set_up_rank()
-    if until not in STEP_NAMES:
-        raise RecipeError(
-            f"--until {until}: there is no such step: {nearest(until, list(STEP_NAMES))}"
-        )
+    check_step_names({"--until": until})
     words = join_words(recipe, overrides)
     words += ["baseline.enabled=true"] if baseline else []
     words += [] if ranks is None else [f"launch.ranks={ranks}"]
@@ -168,8 +191,13 @@ def run_step_command(
     starts one process per rank.
     """
     from pocl_ds.runtime.logs import log_to_file
-    from pocl_ds.workflow.pipeline import run_in_process, run_step
-    from pocl_ds.workflow.run_setup import lock_run_directory, open_run_directory
+    from pocl_ds.workflow.fork_server import ForkServer
+    from pocl_ds.workflow.pipeline import run_rank, run_step
+    from pocl_ds.workflow.run_setup import (
+        lock_run_directory,
+        open_run_directory,
+        share_run_directory,
+    )
 
     # Resolve the recipe; `--shard I/N` also sets the recipe field with the number of shards.
     rank, step = _set_up_rank(), STEP[name]
@@ -185,21 +213,36 @@ def run_step_command(
     if "RANK" in os.environ:
         if rank == 0:
             log_to_file(run.logs / f"{name}.log")
-        run_in_process(name, recipe, run, request)
+        run_rank(name, recipe, run, request)
         return 0
 
     # A command that the user started; a child of `pocl run` relies on the lock of its parent.
     _check_request(step, request)
     if "POCL_WITHIN" not in os.environ:
         open_run_directory(run, recipe)
-        if shard and step.needs_ranks(recipe):  # shards run concurrently: none locks the directory
-            return run_step(name, run, recipe, shard=shard)
+        if request.import_from:
+            with lock_run_directory(run):
+                return _run_here(step, recipe, run, request)
+        if request.export_to:  # only reads: training may go on
+            return _run_here(step, recipe, run, request)
         # An evaluation may run one process per model, and then one for the table.
-        if step.needs_ranks(recipe) or (name == "evaluate" and not request.model):
-            with lock_run_directory(run) as lock:
-                return run_step(name, run, recipe, lock)
-    log_to_file(run.logs / f"{name}.log")
-    run_in_process(name, recipe, run, request)
+        in_children = step.needs_ranks(recipe) or (name == "evaluate" and not request.model)
+        alone = in_children and shard is None  # shards run concurrently
+        with lock_run_directory(run) if alone else share_run_directory(run):
+            if in_children:
+                with ForkServer() as server:
+                    return run_step(name, run, recipe, server, shard=shard)
+            return _run_here(step, recipe, run, request)
+    return _run_here(step, recipe, run, request)
+
+
+def _run_here(step: Step, recipe: Recipe, run: RunDirectory, request: StepRequest) -> int:
+    """Run a step in this process."""
+    from pocl_ds.runtime.logs import log_to_file
+    from pocl_ds.workflow.pipeline import run_in_process
+
+    log_to_file(run.logs / f"{step.name}.log")
+    run_in_process(step.name, recipe, run, request)
     return 0
 
 
@@ -235,13 +278,16 @@ def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> in
     width = max(len(name) for name in STEP_NAMES)
     for step in steps:
         ranks = f" on {recipe.launch.ranks} ranks" if step.needs_ranks(recipe) else ""
+        if ranks and recipe.teacher_ranks:
+            ranks += f", and the teacher on {recipe.teacher_ranks} of its own"
         state = "finished" if finished.get(step.name) else f"would run{ranks}"
         print(f"{step.name:<{width}}  {state}")
     return 0
 
 
 def show_results(run: RunDirectory) -> None:
-    """Print the table of results, and the paths of student and report."""
+    """Print the table of results, what they mean, and the paths of student and report."""
+    from pocl_ds.evaluation.outcome import outcome_lines
     from pocl_ds.evaluation.tables import table_rows
     from pocl_ds.metrics.footnotes import footnotes
     from pocl_ds.workflow.files import read_json
@@ -249,5 +295,7 @@ def show_results(run: RunDirectory) -> None:
     results = read_json(run.evaluation / "results.json")
     print()
     print_table(table_rows(results), numbers=True)
-    print("\n".join(["", *notes, ""] if (notes := footnotes(results)) else [""]))
-    print(f"student  {run.export}\nreport   {run.report / 'report.html'}")
+    for lines in (footnotes(results), outcome_lines(run, results)):
+        if lines:
+            print("\n".join(["", *lines]))
+    print(f"\nstudent  {run.export}\nreport   {run.report / 'report.html'}")

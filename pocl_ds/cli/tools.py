@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocl_ds.bench import BENCHMARKS
-from pocl_ds.cli.parameters import OverridesArgument, complete_profile, complete_study, nearest
+from pocl_ds.cli.parameters import OverridesArgument, complete_profile, complete_study
 from pocl_ds.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def bench(
     """Run a benchmark of this package on this machine."""
     import importlib
 
-    from pocl_ds.errors import RecipeError
+    from pocl_ds.errors import RecipeError, did_you_mean
 
     if name == "list":
         print_table(
@@ -69,7 +69,7 @@ def bench(
         )
         return 0
     if name not in BENCHMARKS:
-        raise RecipeError(f"there is no benchmark {name!r}: {nearest(name, list(BENCHMARKS))}")
+        raise RecipeError(f"there is no benchmark {name!r}: {did_you_mean(name, BENCHMARKS)}")
     importlib.import_module(BENCHMARKS[name][0]).run(arguments or [])
     return 0
 

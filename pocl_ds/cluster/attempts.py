@@ -22,6 +22,12 @@ from pocl_ds.errors import EXIT_RESUME, EXIT_UNFIT_NODE
 DONE, RETRY, FAILED, ENDED = "done", "retry", "failed", "ended"
 USER_ERROR = 2  # exit code of a fault that only the user can fix
 PREEMPTED = "preemption"
+# Why a job had to stop, in words. Its script asks SLURM for USR2 before the time limit.
+STOP_REASONS = {
+    "": "stopped by a signal",
+    "SIGUSR2": "stopped since its time limit is near",
+    PREEMPTED: "preempted",
+}
 # Parts of an error message that differ from one attempt to the next.
 VARYING = re.compile(
     r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|\d+ "
@@ -108,11 +114,9 @@ def decide(
             f"the same error at the same place as in attempt {repeated[-1].number}: "
             f"{attempt.error}",
         )
-    cause = attempt.error or (
-        f"stopped by {attempt.stop_reason or 'a signal'}"
-        if was_stopped
-        else f"exit code {attempt.code}"
-    )
+    cause = attempt.error or f"exit code {attempt.code}"
+    if was_stopped and not attempt.error:
+        cause = STOP_REASONS.get(attempt.stop_reason, f"stopped by {attempt.stop_reason}")
     if ended_by_slurm:
         return Decision(ENDED, f"{cause}; SLURM itself ends or requeues the job")
 

@@ -19,6 +19,7 @@ from pocl_ds.models.memory import (
     host_memory,
     scoring_memory,
 )
+from pocl_ds.runtime.formatting import format_size
 
 
 def estimate_lines(sizes: Estimate) -> tuple[list[str], TrainingSetup | None]:
@@ -51,7 +52,7 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     # The models.
     title = (
         f"{recipe.name} on {layout.nodes} x {layout.ranks_per_node} {device.name}: {layout.ranks} "
-        f"ranks, teacher {setup.teacher_mode}; student "
+        f"ranks, teacher {setup.teacher_mode}{_own_ranks(setup)}; student "
         f"{sizes.student.parameters / 1e6:,.0f} million parameters"
     )
     if sizes.student.adapters:
@@ -69,8 +70,16 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         *(f"  {name:<32}{size / GB:>9.2f} GB" for name, size in memory.items() if size > 0),
         f"  {'total':<32}{sum(memory.values()) / GB:>9.2f} GB of {device.memory / GB:.0f}",
     ]
-    if host := host_memory(sizes.student, sizes.teacher, setup, 1 / layout.nodes):
+    activations = sizes.kept_activations(setup) * layout.ranks / layout.nodes
+    if host := host_memory(sizes.student, sizes.teacher, setup, 1 / layout.nodes, activations):
         lines.append(f"  {'host memory of each node':<32}{host / GB:>9.2f} GB")
+    # The teacher's ranks.
+    if of_teacher := sizes.teacher_rank_memory(setup):
+        total = sum(of_teacher.values())
+        lines += [
+            f"memory of each rank that runs the teacher: {total / GB:.2f} GB",
+            *(f"  {name:<32}{size / GB:>9.2f} GB" for name, size in of_teacher.items() if size > 0),
+        ]
     # Scoring.
     if not sizes.work.scores_samples:
         return lines
@@ -82,8 +91,12 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         device.base,
         generation.gpu_memory_utilization,
     )
-    parts = ", ".join(f"{name} {size / GB:.1f} GB" for name, size in scoring.items())
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in scoring.items())
     return [*lines, f"in scoring: {parts}"]
+
+
+def _own_ranks(setup: TrainingSetup) -> str:
+    return f" on {setup.own_teacher_ranks} of them alone" if setup.own_teacher_ranks else ""
 
 
 def _alternative_lines(sizes: Estimate) -> list[str]:
@@ -119,12 +132,13 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     lengths = [round(work.tokens)] * work.batch_size
     loss_tokens = round(work.response_tokens * work.batch_size)
     flops = estimate.step_flops(sizes.student, sizes.teacher, setup, lengths, loss_tokens)
-    traffic = estimate.micro_step_traffic(sizes.student, sizes.teacher, setup, layout.ranks)
-    micro_steps = max(1, work.batch_size // (setup.micro_batch_size * layout.ranks))
+    ranks = sizes.student_ranks(setup)
+    traffic = estimate.micro_step_traffic(sizes.student, sizes.teacher, setup, ranks)
+    micro_steps = max(1, work.batch_size // (setup.micro_batch_size * ranks))
     lines = [
         f"an optimizer step of {work.batch_size} samples ({round(work.tokens)} tokens, "
         f"{round(work.response_tokens)} of the response, on average): {flops / 1e12:,.1f} TFLOP; "
-        f"each rank receives {micro_steps * traffic / GB:.2f} GB in {micro_steps} micro-steps",
+        f"each rank receives {format_size(micro_steps * traffic)} in {micro_steps} micro-steps",
         "",
         f"{work.samples} samples{_left_out(sizes)}, {work.steps} optimizer steps; at "
         f"{100 * assumptions.utilization:.0f}% of {device.flops / 1e12:.0f} TFLOP/s, "
@@ -152,7 +166,7 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         )
 
     # Disk space.
-    disk = f"on disk: a checkpoint {checkpoint_bytes(sizes.student) / GB:.1f} GB"
+    disk = f"on disk: a checkpoint {format_size(checkpoint_bytes(sizes.student))}"
     if sizes.teacher is not None:
         tokens = work.samples * work.response_tokens
         hidden = replace(setup, teacher_mode="cached_hidden_states")
@@ -160,10 +174,10 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
             share * hidden.cached_bytes_per_token(shape) for shape, share in sizes.cached_shares
         )
         most = "at most " if recipe.teacher and recipe.teacher.by_domain else ""
-        disk += f"; the teacher's hidden states {most}{tokens * hidden_states / GB:.2f} GB"
+        disk += f"; the teacher's hidden states {most}{format_size(tokens * hidden_states)}"
         if sizes.codec:
             records = tokens * sizes.codec.bytes * sum(share for _, share in sizes.cached_shares)
-            disk += f", its {sizes.codec.label} {records / GB:.2f} GB"
+            disk += f", its {sizes.codec.label} {format_size(records)}"
     return [*lines, "", disk]
 
 
@@ -245,6 +259,6 @@ def fitting_overrides(sizes: Estimate, fitting: TrainingSetup) -> list[str]:
     """The overrides that make the recipe fit this cluster."""
     changes = _changed_fields(sizes.recipe, fitting)
     return [
-        f"launch.ranks={sizes.assumptions.layout.ranks}",
+        f"launch.ranks={sizes.student_ranks(fitting)}",
         *(f"{name}={value}" for name, value in changes.items()),
     ]

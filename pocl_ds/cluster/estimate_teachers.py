@@ -13,8 +13,8 @@ from pocl_ds.workflow.step_inputs import planned_stages
 
 def other_teachers(recipe: Recipe) -> list[ModelSource]:
     """The models of section `teacher` besides the first, each once."""
-    sources = recipe.teacher.sources if recipe.teacher else ()
-    return list({source.label: source for source in sources}.values())[1:]
+    _, *teachers = recipe.local_models
+    return list({teacher.label: teacher for teacher in teachers}.values())[1:]
 
 
 def cached_shares(
@@ -25,7 +25,7 @@ def cached_shares(
     By domain, whose sizes are not known before `preprocess`, the teacher with the widest states
     counts for all. shapes: of the different teachers, the first one first.
     """
-    teacher = recipe.teacher
+    teacher = recipe.local_teacher
     if teacher is None:
         return []
     if teacher.by_domain:

@@ -48,17 +48,19 @@ class JobSpec:
 def nodes_for(recipe: Recipe, profile: Profile, nodes: int | None) -> tuple[int, int]:
     """Number of nodes, and of tasks on each, for the jobs that train.
 
-    nodes: as requested; None uses as many as launch.ranks fills. Raises RecipeError if launch.ranks
-    does not fill whole nodes.
+    nodes: as requested; None uses as many as launch.ranks and the teacher's own ranks fill. Raises
+    RecipeError if these do not fill whole nodes.
     """
     if nodes is not None:
         return nodes, profile.ranks
-    ranks = recipe.launch.ranks
+    ranks, names = recipe.total_ranks, f"launch.ranks={recipe.launch.ranks}"
+    if recipe.teacher_ranks:
+        names += f" + teacher.ranks={recipe.teacher_ranks}"
     if ranks <= profile.ranks:
         return 1, ranks
     if ranks % profile.ranks:
         raise RecipeError(
-            f"launch.ranks={ranks} does not fill whole nodes of {profile.ranks} ranks (profile "
+            f"{names} does not fill whole nodes of {profile.ranks} ranks (profile "
             f"{profile.name}): use a multiple, or give --nodes"
         )
     return ranks // profile.ranks, profile.ranks

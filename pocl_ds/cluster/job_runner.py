@@ -35,10 +35,18 @@ from pocl_ds.cluster.attempts import (
     read_attempts,
     write_attempt,
 )
+from pocl_ds.cluster.containers import import_image
 from pocl_ds.cluster.srun import srun_command
-from pocl_ds.errors import EXIT_HANG, EXIT_RESUME, EXIT_UNFIT_NODE, PoclError, ResourceError
+from pocl_ds.errors import (
+    EXIT_HANG,
+    EXIT_RESUME,
+    EXIT_UNFIT_NODE,
+    LOST_RANK,
+    PoclError,
+    ResourceError,
+)
 from pocl_ds.runtime.process_exit import EXIT_RECORDS, SIGNALS, read_exit_records
-from pocl_ds.workflow.files import lock_file
+from pocl_ds.workflow.locks import LockTakenError, hold_lock
 
 # A rank that was not ready for the signal to stop gets it again after this time.
 REPEAT_SIGNAL_SECONDS = 10.0
@@ -114,6 +122,12 @@ class Job:
 
     def _run_commands(self) -> int:
         """Run the preflight and the job's commands until one fails. Returns its exit code, or 0."""
+        if container := self.spec["container"]:
+            try:
+                container["image"] = import_image(container, self.folder / "images")
+            except PoclError as error:
+                self.attempt.error = str(error)
+                return 1
         commands: list[tuple[list[str], list[str], bool]] = []
         if self.spec["preflight"]:
             commands.append((["--module", "pocl_ds.cluster.preflight"], [self.spec["name"]], True))
@@ -208,7 +222,12 @@ class Job:
         that failed by itself decides.
         """
         failures = [record for record in records if record["code"] not in (0, EXIT_RESUME)]
-        if failures:
+        failures.sort(key=lambda record: LOST_RANK in record["error"])
+        silent = sorted(
+            {f"rank-{rank}" for rank in range(ranks)} - {record["rank"] for record in records}
+        )
+        # A rank that lost the connection to a silent one says nothing about the cause.
+        if failures and not (silent and LOST_RANK in failures[0]["error"]):
             failure = failures[0]
             self.attempt.error = failure["error"] or _unexplained(failure, self.run)
             self.attempt.unfit_nodes = sorted(
@@ -229,18 +248,23 @@ class Job:
             return EXIT_RESUME
 
         # Some ranks ended without a record: killed, or without a place to write one.
-        silent = sorted(
-            {f"rank-{rank}" for rank in range(ranks)} - {record["rank"] for record in records}
-        )
         cause = "it was killed, often because memory ran out, or its node failed"
-        if code == USER_ERROR:  # it exited by itself, without a record of its error
+        nodes = dict.fromkeys(self._node_of(rank, ranks) for rank in silent)
+        if lost := job_state.lost_nodes(list(nodes)):
+            cause = "SLURM lost " + ", ".join(f"{node} ({lost[node]})" for node in lost)
+        elif code == USER_ERROR:  # it exited by itself, without a record of its error
             cause = f"it could not write why, so the disk of {self.run} may be full"
         self.attempt.error = (
-            f"{', '.join(silent[:4]) or 'a rank'} ended without a record (exit code {code}): "
-            f"{cause}"
+            f"{', '.join(silent[:4]) or 'a rank'} on {', '.join(nodes) or 'a node'} ended without "
+            f"a record (exit code {code}): {cause}"
         )
         self._print_tail(silent[0] if silent else "rank-0")
         return code
+
+    def _node_of(self, rank: str, ranks: int) -> str:
+        """The node of a rank: each node has as many, in order. rank: as in "rank-0"."""
+        nodes = self.attempt.nodes
+        return nodes[int(rank.removeprefix("rank-")) * len(nodes) // ranks]
 
     def _print_tail(self, rank: str) -> None:
         """Print the end of a failing rank's log to the job's log."""
@@ -282,7 +306,15 @@ class Job:
 
     def _requeue(self) -> int:
         """Requeue this job. SLURM ends this script meanwhile."""
-        scheduler.retry_while_unreachable(lambda: scheduler.call("scontrol", "requeue", self.id))
+        try:
+            scheduler.retry_while_unreachable(
+                lambda: scheduler.call("scontrol", "requeue", self.id)
+            )
+        except ResourceError as error:
+            # SLURM has requeued it already, since it lost a node.
+            if "pending execution" not in str(error):
+                raise
+            print_line(f"{self.label}: SLURM has requeued the job already")
         time.sleep(60)
         return EXIT_RESUME
 
@@ -337,16 +369,13 @@ def main() -> int:
         signal.signal(number, job.stop)
     for received in early:
         job.stop(received, None)
-    # Open for reading and writing: NFSv4 refuses a shared lock on a file opened only for writing.
-    with (run / ".lock").open("a+") as stream:
+    with contextlib.ExitStack() as stack:
         try:
-            lock_file(stream.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print_line(
-                f"{run} is in use by a pocl process outside SLURM: end it, then `pocl resume`"
-            )
+            stack.enter_context(hold_lock(run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+        except LockTakenError as error:
+            print_line(f"{run} is in use by {error}, outside SLURM: end it, then `pocl resume`")
             return 2
-        except ResourceError as error:
+        except PoclError as error:
             print_line(str(error))
             return 2
         return job.execute()

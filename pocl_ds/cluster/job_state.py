@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 
 from pocl_ds.cluster import scheduler
 from pocl_ds.errors import ResourceError
@@ -43,6 +44,17 @@ def preempted(job: str) -> bool:
     """Whether the scheduler is giving the job's nodes to another job."""
     time_of_preemption = re.search(r"PreemptTime=(\S+)", controller_output("job", job))
     return bool(time_of_preemption and time_of_preemption.group(1) not in ("None", "N/A"))
+
+
+def lost_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """Those nodes that are down or do not answer, with their states."""
+    lost = {}
+    for node in nodes:
+        state = re.search(r"State=(\S+)", controller_output("node", node))
+        # A `*` stands for a node that does not answer.
+        if state and re.search(r"DOWN|FAIL|\*", state.group(1)):
+            lost[node] = state.group(1)
+    return lost
 
 
 def controller_output(*arguments: str) -> str:

@@ -20,12 +20,19 @@ from pathlib import Path
 
 from pocl_ds.cluster import scheduler
 from pocl_ds.errors import ArtifactError, ResourceError
+from pocl_ds.runtime.formatting import format_size
 from pocl_ds.workflow.manifest import package_versions
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 MIN_OPEN_FILES = 1024  # DeepSpeed, vLLM and a data loader use a few hundred
-CPU_BUILD = "torch here is the CPU build: POCL_STACK=cuda bash launch/setup.sh"
+# By the GPUs' maker: what to do about a torch without support for GPUs, and what lists them.
+CPU_BUILD = {
+    "nvidia": "torch here is the CPU build: POCL_STACK=cuda bash launch/setup.sh",
+    "amd": "torch here is the CPU build: install the one for ROCm (docs/cluster.md)",
+}
+LISTED = {"nvidia": "nvidia-smi lists GPUs", "amd": "AMD's driver lists GPUs"}
+KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # processors and GPUs of AMD's driver
 # Seconds between the clocks of a file server and of this machine, whose times are compared.
 MAX_FILE_CLOCK_SKEW = 2.0
 
@@ -122,13 +129,8 @@ def _unused_gpus() -> str:
     """Which command lists GPUs that torch here cannot use, and what to do; empty for none."""
     import torch
 
-    try:
-        listing = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60
-        ).stdout
-        source = "nvidia-smi lists GPUs" if listing.startswith("GPU ") else ""
-    except (OSError, subprocess.SubprocessError):
-        source = ""
+    vendor = _gpu_vendor()
+    source = LISTED[vendor] if vendor else ""
     if torch.backends.cuda.is_built():
         if not source:
             return ""
@@ -141,7 +143,43 @@ def _unused_gpus() -> str:
             and "gpu" in scheduler.call("sinfo", "--noheader", "--format=%G")
         ):
             source = "sinfo lists GPUs"
-    return f"{source}, and {CPU_BUILD}" if source else ""
+    return f"{source}, and {CPU_BUILD[vendor or 'nvidia']}" if source else ""
+
+
+def _gpu_vendor() -> str | None:
+    """The maker of this machine's GPUs, as its driver lists them; None without any."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60
+        ).stdout
+        if listing.startswith("GPU "):
+            return "nvidia"
+    # AMD's driver lists processors too, whose gpu_id is 0.
+    for path in KFD_NODES.glob("*/gpu_id"):
+        with contextlib.suppress(OSError):
+            if path.read_text().strip() not in ("", "0"):
+                return "amd"
+    return None
+
+
+def wrong_build(gpu_vendor: str) -> str:
+    """Why this torch cannot use the GPUs of a vendor; empty if it is built for them.
+
+    gpu_vendor: of the profile.
+    """
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return f"GPUs are promised, and {CPU_BUILD[gpu_vendor]}"
+    build = "amd" if torch.version.hip else "nvidia"
+    if build == gpu_vendor:
+        return ""
+    platform = {"amd": "ROCm", "nvidia": "CUDA"}
+    return (
+        f"the profile says gpu_vendor: {gpu_vendor}, and torch {torch.__version__} is built for "
+        f"{platform[build]}: correct the profile, or submit from an environment with a torch for "
+        f"{platform[gpu_vendor]}"
+    )
 
 
 def cuda_error() -> str:
@@ -156,11 +194,13 @@ def cuda_error() -> str:
 
 
 def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
-    """Whether a folder is writable, has enough space, and shares its clock with this machine."""
+    """Whether a folder, or the one that it would be made in, is writable, has enough space, and
+    shares its clock with this machine.
+    """
     # Write a file, and compare its modification time with this machine's clock.
     name = "run directory"
+    path = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-") as stream:
             stream.write(b"x")
             stream.flush()
@@ -175,12 +215,12 @@ def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
 
     # Compare the free space with what a run needs.
     free = shutil.disk_usage(path).free
-    space = f"{free / 1e9:.1f} GB free"
+    space = f"{format_size(free)} free"
     if free < needed_bytes:
         return Finding(
             name,
             FAIL,
-            f"{path}: {space}, a run needs about {needed_bytes / 1e9:.1f} GB: free some space",
+            f"{path}: {space}, a run needs about {format_size(needed_bytes)}: free some space",
         )
     if abs(skew) > MAX_FILE_CLOCK_SKEW:
         return Finding(

@@ -177,10 +177,10 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     """Check every node. Returns the exit code of this rank, and its sentence."""
     start = time.monotonic()
 
-    # Check this rank's GPU. A CPU build of torch is wrong on every node, so no node is excluded.
+    # Check this rank's GPU. A wrong build of torch is wrong on every node, so no node is excluded.
     if gpus := promised_gpus(spec):
-        if not torch.backends.cuda.is_built():
-            return 2, f"GPUs are promised, and {machine_checks.CPU_BUILD}"
+        if fault := machine_checks.wrong_build(spec["gpu_vendor"]):
+            return 2, fault
         check_device(gpus)
 
     # Connect the ranks. With blocking wait a stalled NCCL raises, as gloo does; otherwise torch's
@@ -250,7 +250,7 @@ def main() -> int:
         code = EXIT_HANG if waited else 1
         sentence = (
             f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the "
-            "profile's interface"
+            "profile's network.interface"
         )
     if sentence:
         log.error("preflight: %s", sentence)

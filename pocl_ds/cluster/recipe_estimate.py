@@ -29,6 +29,7 @@ from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.memory import (
     TrainingSetup,
     find_fitting_setup,
+    teacher_rank_memory,
     training_memory,
 )
 from pocl_ds.models.prune import parse_layers, prune_config
@@ -40,6 +41,7 @@ from pocl_ds.workflow.step_inputs import teacher_temperatures
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 11_435, 122.0, 35.0
 # Activations are measured at these two lengths; they grow linearly with the number of tokens.
 MEASURED_LENGTHS = (64, 128)
+MEASURED_TILE = 16  # tokens of a tile there, if MLPs are tiled: what a tile keeps is left out
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,9 @@ class Estimate:
         self.recipe, self.assumptions = recipe, assumptions
         self.student_config = _model_config(recipe.student)
         self.student = model_shape(self.student_config, recipe.student.lora)
-        self.teacher_config = _model_config(recipe.teacher) if recipe.teacher else None
-        self.teacher: ModelShape | None = (
-            model_shape(self.teacher_config) if recipe.teacher else None
-        )
+        teacher = recipe.local_teacher
+        self.teacher_config = _model_config(teacher) if teacher else None
+        self.teacher: ModelShape | None = model_shape(self.teacher_config) if teacher else None
         # Further teachers in memory; of those by stage only one is, the largest at the peak.
         self.other_teachers = [model_shape(_model_config(m)) for m in other_teachers(recipe)]
         self._teachers = [*([self.teacher] if self.teacher else []), *self.other_teachers]
@@ -144,8 +145,12 @@ class Estimate:
     @cached_property
     def setup(self) -> TrainingSetup:
         """The recipe's own choices about memory."""
-        recipe, teacher = self.recipe, self.recipe.teacher
-        mode = "none" if teacher is None else "online" if teacher.mode == "auto" else teacher.mode
+        recipe, teacher = self.recipe, self.recipe.local_teacher
+        mode = (
+            "online" if teacher and teacher.mode == "auto" else teacher.mode if teacher else "none"
+        )
+        if recipe.loss.name == "sft":  # on the data, or on the teacher's responses
+            mode = "none"
         return TrainingSetup(
             micro_batch_size=recipe.train.micro_batch_size,
             checkpointing=recipe.student.activation_checkpointing,
@@ -162,13 +167,39 @@ class Estimate:
             else None,
             hidden_dtype=recipe.teacher_cache.hidden_dtype,
             record_bytes=self.codec.bytes if self.codec else 0,
+            teacher_ranks=recipe.teacher_ranks,
+            sequence_parallel_size=recipe.train.sequence_parallel_size,
+            offload_activations=recipe.student.activation_offloading,
         )
+
+    def student_ranks(self, setup: TrainingSetup) -> int:
+        """Ranks of the student: all but those that run the teacher alone. Raises RecipeError if
+        none is left, or if they do not make equal groups.
+        """
+        ranks = self.assumptions.layout.ranks
+        if ranks <= setup.own_teacher_ranks:
+            raise RecipeError(
+                f"teacher.ranks={setup.own_teacher_ranks} leaves no GPU for the student of "
+                f"{ranks}: lower it, or give more nodes"
+            )
+        size = setup.sequence_parallel_size
+        if ranks % size:
+            raise RecipeError(
+                f"train.sequence_parallel_size={size} does not divide {ranks} GPUs into groups: "
+                "lower it, or give other nodes"
+            )
+        return ranks - setup.own_teacher_ranks
 
     def activations(self, lengths: Sequence[int], checkpointing: bool) -> float:
         """Bytes that a micro-batch of these lengths keeps for its backward pass."""
         (short, short_bytes), (long, long_bytes) = self._measured_activations[checkpointing]
         bytes_per_token = (long_bytes - short_bytes) / (long - short)
         return short_bytes + bytes_per_token * (sum(lengths) - short)
+
+    def kept_activations(self, setup: TrainingSetup) -> float:
+        """Bytes that a rank keeps for its backward pass, if all samples have the maximum length."""
+        tokens = self.work.max_length * setup.micro_batch_size / setup.sequence_parallel_size
+        return self.activations([round(tokens)], setup.checkpointing)
 
     @cached_property
     def _measured_activations(self) -> dict[bool, list[tuple[int, int]]]:
@@ -184,6 +215,7 @@ class Estimate:
                 checkpointing=checkpointing,
                 dropout=student.dropout,
                 lora=student.lora,
+                mlp_tile_tokens=MEASURED_TILE if self.recipe.train.mlp_tile_tokens else None,
             )
 
         return {
@@ -195,7 +227,7 @@ class Estimate:
         """Bytes of one rank by their use, if all samples have the maximum length."""
         lengths = [self.work.max_length] * setup.micro_batch_size
         loss_tokens = setup.micro_batch_size * (self.work.max_length - 1)
-        ranks = self.assumptions.layout.ranks
+        ranks = self.student_ranks(setup)
         memory = training_memory(
             self.student,
             self.teacher,
@@ -206,17 +238,33 @@ class Estimate:
             self.activations,
             self.assumptions.device.base,
         )
-        if self.other_teachers and setup.teacher_mode == "online" and not setup.offload_teacher:
-            weights = sum(setup.teacher_weights(shape) for shape in self.other_teachers)
-            memory["other teachers: weights"] = weights / (ranks if setup.teacher_sharded else 1)
-        if self.other_teachers and setup.teacher_mode == "cached_hidden_states":
+        has_heads = setup.teacher_mode == "cached_hidden_states" or setup.own_teacher_ranks
+        if setup.teacher_mode == "online" and not setup.own_teacher_ranks:
+            memory |= self._other_weights(setup, ranks)
+        if self.other_teachers and has_heads:
             heads = sum(shape.head_parameters for shape in self.other_teachers)
             memory["other teachers: heads"] = parameter_bytes(heads, setup.teacher_dtype)
         return memory
 
+    def _other_weights(self, setup: TrainingSetup, ranks: int) -> dict[str, float]:
+        """Bytes of further online teachers on each of `ranks` ranks."""
+        if not self.other_teachers or setup.offload_teacher:
+            return {}
+        weights = sum(setup.teacher_weights(shape) for shape in self.other_teachers)
+        return {"other teachers: weights": weights / (ranks if setup.teacher_sharded else 1)}
+
+    def teacher_rank_memory(self, setup: TrainingSetup) -> dict[str, float]:
+        """Bytes of a rank that runs the teacher alone, by their use; empty without such ranks."""
+        if self.teacher is None or not setup.own_teacher_ranks:
+            return {}
+        lengths = [self.work.max_length] * setup.micro_batch_size
+        memory = teacher_rank_memory(self.teacher, setup, lengths, self.assumptions.device.base)
+        return memory | self._other_weights(setup, setup.own_teacher_ranks)
+
     def total_memory(self, setup: TrainingSetup) -> float:
-        """Bytes of one rank."""
-        return sum(self.memory(setup).values())
+        """Bytes of the fullest rank."""
+        parts = self.memory(setup), self.teacher_rank_memory(setup)
+        return max(sum(memory.values()) for memory in parts)
 
     def largest_setup(
         self,
@@ -228,14 +276,16 @@ class Estimate:
         By default the search may also change checkpointing and offloading;
         `find_largest_micro_batch` changes nothing else.
         """
-        most = max(1, self.work.batch_size // self.assumptions.layout.ranks)
+        ranks = self.student_ranks(setup)
+        groups = ranks // setup.sequence_parallel_size
+        most = max(1, self.work.batch_size // groups)
         return search(
             self.total_memory,
             setup,
             self.assumptions.device.memory,
             most,
             self.work.batch_size,
-            self.assumptions.layout.ranks,
+            groups,
         )
 
 

@@ -87,11 +87,11 @@ def available() -> bool:
 
 def call(*arguments: str, stdin: str | None = None) -> str:
     """Run a command of SLURM and return its output. Raises ResourceError with its error message."""
-    # Hide the variables of a surrounding job.
+    # Hide the variables of a surrounding job, and those that override a script's options.
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name in PASSED_VARIABLES
+        if not name.startswith(("SLURM_", "SBATCH_")) or name in PASSED_VARIABLES
     }
     try:
         process = subprocess.run(
@@ -153,6 +153,30 @@ def submit(script: str, options: Sequence[str]) -> str:
 def start_time(text: str) -> str:
     """SLURM's message when it would start a script of this text; nothing is submitted."""
     return call("sbatch", "--test-only", stdin=text)
+
+
+def max_array_size() -> int | None:
+    """The most tasks that an array may have; None if the controller does not say."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.M)
+    return int(match[1]) if match else None
+
+
+def partition(name: str | None) -> dict[str, str]:
+    """The fields of a partition, by default of the cluster's default one; empty if there is none of
+    that name, or several are named.
+    """
+    arguments = ["scontrol", "show", "partition", "--oneliner", *([name] if name else [])]
+    try:
+        output = call(*arguments)
+    except ResourceError:  # sbatch tells which partition does not exist
+        return {}
+    partitions = [
+        dict(word.split("=", 1) for word in line.split() if "=" in word)
+        for line in output.splitlines()
+    ]
+    if name is None:
+        partitions = [fields for fields in partitions if fields.get("Default") == "YES"]
+    return partitions[0] if len(partitions) == 1 else {}
 
 
 def queue(ids: Sequence[str]) -> list[QueuedJob]:

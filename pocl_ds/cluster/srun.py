@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.cluster.containers import container_words
 from pocl_ds.cluster.job_state import controller_output
 
 
@@ -27,21 +27,4 @@ def srun_command(
     ]
     if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", controller_output("config")):
         command.append("--cpu-bind=cores")
-    container = spec["container"]
-    if not container:
-        return command
-
-    # The container sees the run directory and the folder where the recipe's relative paths start.
-    cwd = os.getcwd()
-    mounts = [f"{path}:{path}" for path in dict.fromkeys([str(run), cwd])]
-    mounts += container["mounts"]
-    if container["runtime"] == "pyxis":
-        return [
-            *command,
-            f"--container-image={container['image']}",
-            f"--container-mounts={','.join(mounts)}",
-            f"--container-workdir={cwd}",
-        ]
-    binds = [word for mount in mounts for word in ("--bind", mount)]
-    nvidia = ["--nv"] if spec["gpus_per_node"] else []
-    return [*command, "apptainer", "exec", *nvidia, *binds, "--pwd", cwd, container["image"]]
+    return [*command, *container_words(spec, run)]

@@ -4,6 +4,7 @@ accounting.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Row:
     progress: str = ""
     notes: list[str] = field(default_factory=list)  # lines below the table
     live: bool = False  # whether it waits or runs
+    gpu_hours: float | None = None  # of all attempts; None without GPUs
 
 
 def status(run: RunDirectory) -> list[Row]:
@@ -87,11 +89,16 @@ def _row(
         progress=_progress(run, name, spec, finished),
         live=any(job.state not in scheduler.ENDED_STATES for job in jobs),
     )
+    row.gpu_hours = _gpu_hours(tasks, spec, live=row.live)
 
-    # Results decide the state first, then attempts, then the scheduler.
+    # Results decide the state first, then the scheduler if it still has the job, then attempts.
     failed = [attempt for attempt in latest if attempt.outcome == FAILED]
     if spec["steps"] and all(finished[step] for step in spec["steps"]):
         row.state = "done"
+    elif row.live and failed:  # SLURM or its user requeued the job
+        row.state, note = _queued_state(jobs, rows, spec)
+        before = f"attempt {failed[-1].number}: {failed[-1].reason}"
+        row.notes = [*([note] if note else []), before]
     elif failed:
         row.state = "failed"
         row.notes = [failed[-1].reason, *_log_tail(run, name, failed[-1])]
@@ -112,6 +119,31 @@ def _row(
     if retried and row.state not in ("done", "failed"):
         row.notes.append(f"attempt {retried[-1].number}: {retried[-1].reason}")
     return row
+
+
+def _gpu_hours(
+    tasks: Sequence[Sequence[Attempt]], spec: Mapping[str, Any], *, live: bool
+) -> float | None:
+    """GPU hours of a job's attempts so far. Those of an attempt without a recorded end are not
+    known, unless it still runs.
+    """
+    gpus = spec["nodes"] * spec["gpus_per_node"]
+    if not gpus:
+        return None
+    seconds = 0.0
+    for attempts in tasks:
+        for attempt in attempts:
+            runs = live and attempt is attempts[-1]
+            end = time.time() if attempt.end is None and runs else attempt.end
+            seconds += max((end or attempt.start) - attempt.start, 0.0)
+    return gpus * seconds / 3600
+
+
+def state_of_run(rows: Sequence[Row]) -> str:
+    """ "done", "live" while a job waits or runs, or "failed"."""
+    if all(row.state == "done" for row in rows):
+        return "done"
+    return "live" if any(row.live for row in rows) else "failed"
 
 
 def _queued_state(

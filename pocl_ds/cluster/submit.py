@@ -17,6 +17,7 @@ import jinja2
 
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.job_graph import JobSpec, nodes_for, pipeline_jobs
+from pocl_ds.cluster.job_options import job_limits, sbatch_options
 from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
@@ -27,7 +28,7 @@ from pocl_ds.workflow.finished import finished_steps
 from pocl_ds.workflow.manifest import fingerprint, package_versions
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
-from pocl_ds.workflow.steps import STEP_NAMES
+from pocl_ds.workflow.steps import STEP_NAMES, enabled_steps
 
 # Characters that SLURM interprets in the name of an output file.
 UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')
@@ -43,8 +44,12 @@ class Submission:
         profile: Profile,
         *,
         nodes: int | None,
+        start: str = STEP_NAMES[0],
         until: str = STEP_NAMES[-1],
     ) -> None:
+        """start, until: the first and last step to submit. Raises ArtifactError if one before
+        `start` is not finished.
+        """
         self.until = until
         self.path = run.path.expanduser().resolve()
         if unsafe := UNSAFE.search(str(self.path)):
@@ -54,18 +59,29 @@ class Submission:
             )
         self.run, self.profile = RunDirectory(self.path), profile
 
-        # The recipe gets the number of ranks that the nodes have.
+        # The student gets the ranks that the nodes have besides the teacher's own.
         count, tasks = nodes_for(recipe, profile, nodes)
         self.recipe = recipe
-        if count * tasks != recipe.launch.ranks:
+        if count * tasks != recipe.total_ranks:
+            if count * tasks <= recipe.teacher_ranks:
+                raise RecipeError(
+                    f"teacher.ranks={recipe.teacher_ranks} leaves no rank for the student on "
+                    f"{count} x {tasks} ranks: lower it, or use more nodes"
+                )
             tree = recipe.model_dump(mode="json")
-            tree["launch"]["ranks"] = count * tasks
+            tree["launch"]["ranks"] = count * tasks - recipe.teacher_ranks
             self.recipe = check_recipe(tree)
 
         # Steps after `until` count as finished, so that no job runs them.
         finished = dict.fromkeys(STEP_NAMES, False)
         if self.run.recipe.is_file():
             finished = finished_steps(self.run, self.recipe)
+        for step in enabled_steps(self.recipe, until=start):
+            if step.name != start and not finished[step.name]:
+                raise ArtifactError(
+                    f"the step {step.name}, which comes before {start}, is not finished in "
+                    f"{self.path}: submit without --from {start}"
+                )
         finished |= dict.fromkeys(STEP_NAMES[STEP_NAMES.index(until) + 1 :], True)
         self.jobs = pipeline_jobs(self.recipe, profile, finished, nodes=count, tasks=tasks)
         self.folder = self.run.cluster
@@ -78,12 +94,6 @@ class Submission:
 
     def script(self, job: JobSpec) -> str:
         """The text of a job's script."""
-        environment = dict(self.profile.environment)
-        if self.profile.interface:
-            environment |= {
-                "GLOO_SOCKET_IFNAME": self.profile.interface,
-                "NCCL_SOCKET_IFNAME": self.profile.interface,
-            }
         renderer = jinja2.Environment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
         )
@@ -94,57 +104,24 @@ class Submission:
             job=job,
             options=self._options(job),
             setup=self.profile.setup,
-            environment=environment,
+            environment=self.profile.environment | self.profile.network.variables,
             scratch=self.profile.scratch,
             python="python3" if self.profile.container else sys.executable,
             launcher=f"{self.folder}/code/launch/pocl.py",
         )
 
     def _options(self, job: JobSpec) -> list[str]:
-        """The options of the #SBATCH lines: numbers, checked words, and quoted paths."""
-        # Limits of this job override the profile's.
-        profile = self.profile
-        limits = {
-            "partition": profile.partition,
-            "time": profile.time,
-            "memory": profile.memory if job.whole_nodes else None,
-        }
-        if job.name in profile.jobs:
-            job_limits = profile.jobs[job.name].model_dump()
-            limits |= {name: value for name, value in job_limits.items() if value is not None}
-
-        # All options, None for those that are not set.
-        throttle = f"%{profile.array_tasks}" if profile.array_tasks else ""
-        options = {
-            "job-name": f"{self.recipe.name}:{job.name}",
-            "output": f'"{self.path}/logs/{job.name}-%j.log"',
-            "open-mode": "append",
-            "partition": limits["partition"],
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint,
-            "reservation": profile.reservation,
-            "exclude": profile.exclude,
-            "time": limits["time"],
-            "mem": limits["memory"],
-            "nodes": job.nodes,
-            "ntasks-per-node": job.tasks_per_node,
-            "cpus-per-task": job.cpus_per_task,
-            "signal": f"B:USR2@{profile.grace_seconds}",
-            "chdir": f'"{self.directory}"',
-            "array": f"0-{len(job.array) - 1}{throttle}" if job.array else None,
-        }
-        if job.gpus_per_node:
-            gpu_type = f"{profile.gpu_type}:" if profile.gpu_type else ""
-            if profile.gres:
-                options["gres"] = f"gpu:{gpu_type}{job.gpus_per_node}"
-            else:
-                options["gpus-per-node"] = f"{gpu_type}{job.gpus_per_node}"
-        return [
-            *(f"--{name}={value}" for name, value in options.items() if value is not None),
-            "--requeue",
-            *profile.options,
-        ]
+        """The options of a job's #SBATCH lines."""
+        # A task of an array has the id of the array, and its own number.
+        log = f"{self.path}/logs/{job.name}-{'%A_%a' if job.array else '%j'}.log"
+        return sbatch_options(
+            self.profile,
+            job,
+            run_name=self.recipe.name,
+            log=log,
+            directory=self.directory,
+            is_last=job is self.jobs[-1],
+        )
 
     def show(self) -> str:
         """The jobs and their dependencies, one line each."""
@@ -153,6 +130,8 @@ class Submission:
             size = f"nodes {job.nodes} x tasks {job.tasks_per_node}"
             array = f", array of {len(job.array)}" if job.array else ""
             after = f"  after {', '.join(job.after)}" if job.after else ""
+            if self.recipe.teacher_ranks and any(command.ranks for command in job.commands):
+                size += f", {self.recipe.teacher_ranks} of them for the teacher"
             steps = ", ".join(" ".join(command.arguments) for command in job.commands)
             lines.append(f"{job.name:<18}{size}{array}  ({steps}){after}")
         return "\n".join(lines) or "every step is finished: nothing to submit"
@@ -242,8 +221,9 @@ class Submission:
             "python": sys.executable,
             "container": profile.container and profile.container.model_dump(mode="json"),
             "max_attempts": profile.attempts,
+            "gpu_vendor": profile.gpu_vendor,
             "preflight_seconds": profile.preflight_seconds,
-            "exclude": profile.exclude,
+            "exclude": job_limits(profile, job).exclude,
             "keep_last": self.recipe.train.checkpoint.keep_last,
             "lora": self.recipe.student.lora is not None,
             "preflight": job.tasks > 1 or job.gpus_per_node > 0,

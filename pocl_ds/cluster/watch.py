@@ -149,13 +149,18 @@ def _training_lines(view: RunView, width: int) -> list[str]:
 
 
 def _step_parts(record: dict[str, Any]) -> str:
-    """The parts of an optimizer step in percent, and MFU if it is known."""
+    """The parts of an optimizer step in percent, MFU if it is known, and the load imbalance of
+    several ranks.
+    """
     parts = ", ".join(
         f"{part} {100 * record[f'{part}_seconds'] / record['seconds']:.0f}%"
         for part in ("data", "teacher", "student", "optimizer", "wait")
     )
     utilization = f", MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
-    return f"of a step: {parts}{utilization}"
+    imbalance = (
+        f", load imbalance {record['load_imbalance']:.2f}" if "load_imbalance" in record else ""
+    )
+    return f"of a step: {parts}{utilization}{imbalance}"
 
 
 def _newest_log(run: RunDirectory, step: str) -> Path | None:

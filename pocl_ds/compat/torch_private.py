@@ -15,6 +15,7 @@ _HANDLE_DEVICE = 6  # the place of the GPU's number among the arguments of `rebu
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed import Store, Work
 
 
 def set_process_group_timeout(timeout: timedelta) -> None:
@@ -27,6 +28,11 @@ def set_process_group_timeout(timeout: timedelta) -> None:
     distributed_c10d.default_pg_nccl_timeout = timeout
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def is_gpu_lost_by_fork() -> bool:
+    """Whether this process was forked from one that had touched the GPU: it cannot use it."""
+    return bool(torch.cuda._is_in_bad_fork())
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -90,3 +96,24 @@ def raise_recompile_limit(limit: int) -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+
+
+class PointToPoint:
+    """Messages between the processes of a store over gloo, outside the default process group.
+
+    `torch.distributed.send` and `recv` need a registered group, and one with other processes than
+    the default group's cannot be made by public functions.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        self._group = distributed_c10d.ProcessGroupGloo(store, rank, size, timeout)
+
+    def send(self, tensor: torch.Tensor, to: int, tag: int) -> Work:
+        """Start sending a tensor on the CPU, which must not change before the work is done."""
+        work: Work = self._group.send([tensor], to, tag)
+        return work
+
+    def receive(self, tensor: torch.Tensor, source: int, tag: int) -> Work:
+        """Start receiving into a tensor on the CPU. Messages of one tag keep their order."""
+        work: Work = self._group.recv([tensor], source, tag)
+        return work

@@ -8,12 +8,35 @@ gives them back. tests/unit/compat/test_vllm_private.py fails when one of these 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from typing import Any
 
 import torch
 
 from pocl_ds.compat.torch_private import set_compile_disabled
+
+# Imported when an engine opens, in a third of its start.
+CPU_ENGINE_MODULES = (
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.renderers.hf",
+)
+
+
+def import_engine_modules() -> None:
+    """Import `vllm.LLM`, and on a CPU the worker. On a GPU the worker's modules may touch the
+    device, so that only the process of the engine may import them.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    _ = vllm.LLM  # imported by its first use
+    if current_platform.is_cpu():
+        for name in CPU_ENGINE_MODULES:
+            importlib.import_module(name)
 
 
 def supports_sleep() -> bool:

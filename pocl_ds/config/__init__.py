@@ -13,6 +13,7 @@ from pocl_ds.config.base import (
 from pocl_ds.config.baseline import BaselineConfig
 from pocl_ds.config.curriculum import CurriculumConfig, RescoringConfig, SampleWeightsConfig
 from pocl_ds.config.data import DataConfig, DocumentationConfig
+from pocl_ds.config.endpoint import TeacherEndpointConfig
 from pocl_ds.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig
 from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.generation import GenerationConfig
@@ -73,6 +74,7 @@ __all__ = [
     "StudentConfig",
     "TeacherCacheConfig",
     "TeacherConfig",
+    "TeacherEndpointConfig",
     "TokenRuleConfig",
     "TrackingConfig",
     "TrainConfig",

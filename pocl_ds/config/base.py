@@ -13,6 +13,10 @@ from pocl_ds.errors import did_you_mean
 RUNTIME_ONLY: dict[str, Any] = {"runtime_only": True}
 
 
+MAX_SHARDS = 10_000  # tasks of one job array
+MAX_SECONDS = 31_536_000  # a year; clocks and timers of libraries overflow far beyond it
+
+
 class Section(BaseModel):
     """A section of the recipe: immutable, and an unknown field is an error."""
 
@@ -53,6 +57,9 @@ Positive = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Shards = Annotated[Positive, Field(le=MAX_SHARDS)]
+WholeSeconds = Annotated[Positive, Field(le=MAX_SECONDS)]
+Seconds = Annotated[PositiveFloat, Field(le=MAX_SECONDS)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 TopP = Annotated[Float, Field(gt=0, le=1)]
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pocl_ds.config.curriculum_checks import check_curriculum
+from pocl_ds.config.endpoint_checks import check_endpoint
 from pocl_ds.config.registry import (
     CROSS_TOKENIZER_LOSSES,
     LOSSES,
     SAMPLED_LOSS,
     TOKEN_RULES,
 )
+from pocl_ds.config.training_checks import check_training
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -36,12 +38,12 @@ TOKEN_RULE_RANGES = {
 
 def check_consistency(recipe: Recipe) -> None:
     """Raise ValueError if fields of different sections contradict each other."""
-    _check_batches(recipe)
-    _check_training(recipe)
+    check_training(recipe)
     _check_loss_options(recipe)
     _check_token_rule(recipe)
     _check_writers(recipe)
     _check_teacher(recipe)
+    check_endpoint(recipe)
     _check_teacher_mode(recipe)
     _check_teacher_routes(recipe)
     _check_teacher_template(recipe)
@@ -49,54 +51,6 @@ def check_consistency(recipe: Recipe) -> None:
     _check_on_policy(recipe)
     _check_distillm(recipe)
     check_curriculum(recipe)
-
-
-def _check_batches(recipe: Recipe) -> None:
-    """Numbers of samples, tokens and ranks."""
-    train, ranks = recipe.train, recipe.launch.ranks
-    samples_per_forward = train.micro_batch_size * ranks
-    tokens, longest = train.micro_batch_tokens, recipe.prompt.max_length
-    if tokens is not None and tokens < longest:
-        raise ValueError(
-            f"train.micro_batch_tokens={tokens} is less than one sample of "
-            f"prompt.max_length={longest}: raise it, or lower prompt.max_length"
-        )
-    if tokens is None and train.batch_size % samples_per_forward:
-        raise ValueError(
-            f"train.batch_size={train.batch_size} is not a multiple of "
-            f"train.micro_batch_size={train.micro_batch_size} x launch.ranks={ranks} = "
-            f"{samples_per_forward}: change one of them"
-        )
-    subsets, samples = recipe.curriculum.num_subsets, recipe.data.max_train_samples
-    if samples is not None and subsets > samples:
-        raise ValueError(
-            f"curriculum.num_subsets={subsets} is more than data.max_train_samples={samples}: "
-            "use fewer subsets"
-        )
-
-
-def _check_training(recipe: Recipe) -> None:
-    """Optimizer, healing and validation."""
-    train, heal_steps = recipe.train, recipe.student.heal_steps
-    if 0 < heal_steps <= train.warmup_steps:
-        raise ValueError(
-            f"train.warmup_steps={train.warmup_steps} is not less than the {heal_steps} steps of "
-            "student.heal_steps, so healing would end during the warm-up: lower it, or heal longer"
-        )
-    if train.checkpoint.keep_best and not train.validate_max_samples:
-        raise ValueError(
-            "train.checkpoint.keep_best needs the validation loss: set train.validate_max_samples"
-        )
-    if train.engine == "torch" and recipe.student.dtype not in ("auto", "float32"):
-        raise ValueError(
-            "train.engine=torch has no float32 master weights, so small updates are lost in "
-            f"{recipe.student.dtype}: set student.dtype=float32, or train.engine=deepspeed"
-        )
-    if train.min_lr > train.lr:
-        raise ValueError(
-            f"train.min_lr={train.min_lr:g} is greater than train.lr={train.lr:g}: the learning "
-            "rate decays from lr to min_lr, so lower min_lr"
-        )
 
 
 def option_problem(name: str, options: Mapping[str, Any]) -> str | None:
@@ -213,6 +167,11 @@ def _check_teacher_mode(recipe: Recipe) -> None:
     teacher, loss = recipe.teacher, recipe.loss.name
     if teacher is None:
         return
+    if teacher.placement == "own_ranks" and loss == "sft":
+        raise ValueError(
+            "teacher.placement=own_ranks starts ranks that run the teacher in training, and "
+            "loss.name=sft does not run it: set teacher.placement=with_student"
+        )
     if teacher.mode != "online":
         reason = None
         if recipe.cross_tokenizer:

@@ -13,6 +13,7 @@ from pocl_ds.config.base import (
     Fraction,
     Positive,
     Section,
+    Shards,
     registered_name,
 )
 from pocl_ds.config.registry import DIFFICULTIES, SAMPLE_WEIGHT_SCORES, SAMPLE_WEIGHTS
@@ -100,7 +101,7 @@ class SampleWeightsConfig(_ScoreReader):
 
 
 class RescoringConfig(_ScoreReader):
-    """The student scores and ranks the samples anew when a stage begins."""
+    """The student scores and ranks the samples again when a stage begins."""
 
     difficulty: Annotated[str, registered_name("measure of difficulty", DIFFICULTIES)] = Field(
         "cross_entropy",
@@ -112,7 +113,7 @@ class RescoringConfig(_ScoreReader):
     reverse: bool = Field(False, description="Reverse the new ranking: hardest sample first.")
     share: Annotated[Float, Field(gt=0, le=1)] = Field(
         1.0,
-        description="Share of the samples that are scored anew at each stage, chosen by seed, "
+        description="Share of the samples that are scored again at each stage, chosen by seed, "
         "stage and sample id. The others keep their last scores.",
     )
     from_stage: Positive = Field(
@@ -120,7 +121,7 @@ class RescoringConfig(_ScoreReader):
         description="First stage, counted from 1, that begins with new scores. 1 scores before "
         "any training, in place of the difficulty ranking.",
     )
-    shards: Positive = Field(
+    shards: Shards = Field(
         8,
         description="Parts of the samples; an interrupted rescoring repeats only unfinished ones.",
         json_schema_extra=RUNTIME_ONLY,
@@ -179,7 +180,7 @@ class CurriculumConfig(Section):
     )
     rescoring: RescoringConfig | None = Field(
         None,
-        description="Rank the samples anew with the current student when a stage begins; `null` "
+        description="Rank the samples again with the current student when a stage begins; `null` "
         "keeps the difficulty ranking for the whole run.",
     )
 
@@ -201,7 +202,7 @@ class CurriculumConfig(Section):
 
     @property
     def plan_has_weights(self) -> bool:
-        """Whether the plan weighs the samples, unless the student first scores them anew."""
+        """Whether the plan weighs the samples, unless the student first scores them again."""
         rescoring = self.rescoring
         return self.sample_weights is not None and not (rescoring and rescoring.from_stage == 1)
 

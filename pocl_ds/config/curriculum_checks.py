@@ -91,8 +91,8 @@ def rescoring_runs_teacher(
     loss: LossConfig,
     teacher: TeacherConfig | None,
 ) -> bool:
-    """Whether the teacher runs too when the student scores the samples anew: something may read its
-    scores, and it can give them.
+    """Whether the teacher runs too when the student scores the samples again: something may read
+    its scores, and it can give them.
     """
     readers = [rescoring, weights] if weights else [rescoring]
     may_read = any(reader.may_read(*TEACHER_SCORES) for reader in readers)

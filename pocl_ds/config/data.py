@@ -27,7 +27,9 @@ DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow")
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 HeldOutSplit: TypeAlias = Literal["validation", "test"]
 HELD_OUT_SPLITS: tuple[HeldOutSplit, ...] = ("validation", "test")
-DOCUMENTATION = "documentation"  # the source that needs no file
+# Sources that need no file.
+DOCUMENTATION, STORIES = "documentation", "stories"
+BUILT_IN_SOURCES = (DOCUMENTATION, STORIES)
 HUB_SPLIT_DESCRIPTION = (
     "Split of a Hugging Face dataset, or of a local file or folder that holds several splits."
 )
@@ -124,7 +126,8 @@ class DataConfig(Section):
         description="Training data: a file (.jsonl, .json, .csv, .tsv, .parquet or .arrow, text "
         "files also compressed as .gz, .bz2, .xz or .zst), a list of files, a pattern such as "
         "`data/*.jsonl`, a folder of files or one of `save_to_disk`, the name of a Hugging Face "
-        "dataset, or `documentation` for the built-in corpus of docstrings.",
+        "dataset, or a built-in corpus: `documentation` of docstrings, `stories` of short stories "
+        "with a question.",
     )
     sources: tuple[SourceConfig, ...] = Field(
         (),

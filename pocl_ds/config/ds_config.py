@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config.training import TrainConfig
-from pocl_ds.errors import RecipeError, nearest_name
+from pocl_ds.errors import RecipeError, decode_fault, nearest_name
 from pocl_ds.resources import DS_CONFIGS
 
 # Top-level keys that change how numbers are stored or sent, and so the result of a training.
@@ -54,6 +54,10 @@ def load_ds_config(name: str) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(
             f"ds_config {path} cannot be read ({error.strerror}): check the file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"ds_config {path} is not UTF-8 ({decode_fault(error)}): convert it"
         ) from None
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"ds_config {path} is not valid JSON ({error}): fix the file") from None

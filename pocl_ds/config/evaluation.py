@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -15,16 +14,15 @@ from pocl_ds.config.base import (
     TOP_P_DESCRIPTION,
     Int,
     ModelName,
-    NonNegative,
     NonNegativeFloat,
     Positive,
-    PositiveFloat,
     RecordFields,
     RecordFormat,
     Section,
     TopP,
     split_names,
 )
+from pocl_ds.config.endpoint import ClientConfig, Url
 from pocl_ds.config.generation import GenerationConfig
 from pocl_ds.config.registry import BENCHMARKS
 
@@ -49,21 +47,15 @@ class BenchmarkConfig(Section):
     fields: RecordFields = Field(default_factory=dict, description=FIELDS_DESCRIPTION)
 
 
-class JudgeConfig(Section):
+class JudgeConfig(ClientConfig):
     """A language model that grades answers, behind an OpenAI-compatible endpoint."""
 
-    base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = Field(
+    base_url: Url = Field(
         description="Base URL of the endpoint, as in `http://localhost:8000/v1`, without a "
         "password or a query.",
         json_schema_extra=RUNTIME_ONLY,
     )
     model: str = Field(description="Name of the judge's model at the endpoint.")
-    api_key_env: str | None = Field(
-        None,
-        description="Name of the environment variable that holds the API key (never the key "
-        "itself).",
-        json_schema_extra=RUNTIME_ONLY,
-    )
     mode: Literal["score", "pairwise"] = Field(
         "score",
         description="`score` grades each answer from 1 to 10; `pairwise` compares it with the "
@@ -96,30 +88,6 @@ class JudgeConfig(Section):
         description="Name of the request parameter for that limit at the endpoint.",
         json_schema_extra=RUNTIME_ONLY,
     )
-    max_concurrency: Positive = Field(
-        8,
-        description="Maximum number of requests at the same time.",
-        json_schema_extra=RUNTIME_ONLY,
-    )
-    timeout_seconds: PositiveFloat = Field(
-        120, description="Timeout of one request, in seconds.", json_schema_extra=RUNTIME_ONLY
-    )
-    max_retries: NonNegative = Field(
-        5,
-        description="Maximum number of retries of a request; the waiting time doubles each time.",
-        json_schema_extra=RUNTIME_ONLY,
-    )
-
-    @model_validator(mode="after")
-    def _check_key_name(self) -> JudgeConfig:
-        # A pattern of the field would show the value in its message, and it may be a key.
-        name = self.api_key_env
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(
-                "api_key_env is not the name of an environment variable: export the key in a "
-                "variable and write that variable's name here, as in OPENAI_API_KEY"
-            )
-        return self
 
 
 def _parse_benchmarks(value: Any) -> Any:
@@ -176,6 +144,12 @@ class EvaluateConfig(Section):
     )
     top_p: TopP = Field(1.0, description=TOP_P_DESCRIPTION)
     max_new_tokens: Positive = Field(256, description=MAX_NEW_TOKENS_DESCRIPTION)
+    span: Literal["response", "answer"] = Field(
+        "response",
+        description="Which part of a response and of its references ROUGE-L and exact match "
+        "compare: all of it, or the `answer` after a thought, which ends with `</think>` or "
+        "another closing tag. A response that never ends its thought has an empty answer.",
+    )
     max_samples: Positive | None = Field(
         None,
         description="Maximum number of items per benchmark, chosen by hash; `null` for all.",

@@ -12,7 +12,8 @@ class LaunchConfig(Section):
 
     ranks: Positive = Field(
         1,
-        description="Number of ranks (processes): one per GPU, or several on one CPU.",
+        description="Number of ranks (processes): one per GPU, or several on one CPU. With "
+        "`teacher.placement: own_ranks` these are the student's, and `teacher.ranks` come on top.",
         json_schema_extra=RUNTIME_ONLY,
     )
     threads_per_rank: Positive | None = Field(

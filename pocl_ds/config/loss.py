@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pocl_ds.config.base import RUNTIME_ONLY, Float, Section
+from pocl_ds.config.base import RUNTIME_ONLY, Float, NonNegativeFloat, Section
 from pocl_ds.config.registry import LOSSES, TOKEN_RULES
 from pocl_ds.errors import did_you_mean
 
@@ -94,6 +94,12 @@ class LossConfig(DivergenceConfig):
         description="Gives each token its own factor of the temperature, and of the divergence, by "
         "what teacher and student predict for it. `null`: all tokens are alike. Validation has no "
         "rule.",
+    )
+    thought_weight: NonNegativeFloat = Field(
+        1.0,
+        description="Weight of a token of a thought, which ends with `</think>` or another closing "
+        "tag, relative to a token of the answer after it. The loss is divided by the sum of the "
+        "weights: 0 trains on answers alone.",
     )
     fused: bool = Field(
         True,

@@ -19,6 +19,7 @@ from pocl_ds.config.base import (
     Section,
     split_names,
 )
+from pocl_ds.config.endpoint import TeacherEndpointConfig
 from pocl_ds.config.registry import ALL_LINEAR
 
 TeacherMode = Literal["online", "cached_hidden_states", "cached_topk", "cached_sampled", "auto"]
@@ -125,10 +126,29 @@ class TeacherConfig(ModelConfig):
         "bitsandbytes, in training and in `cache-teacher`. Evaluation uses the unquantized model. "
         "A model that is stored quantized (GPTQ, AWQ) needs `none`.",
     )
+    endpoint: TeacherEndpointConfig | None = Field(
+        None,
+        description="Servers that run the teacher in place of this job: for `mode: cached_topk` "
+        "with a temperature of 1, and for responses (`policy.name: seqkd`).",
+    )
     ds_config: str | None = Field(
         "teacher_zero3",
         description="DeepSpeed configuration: a name in ds_configs/ or a JSON file. `null` loads "
         "the complete teacher on every rank.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+
+    placement: Literal["with_student", "own_ranks"] = Field(
+        "with_student",
+        description="Where an online teacher runs in training: `with_student`, on the student's "
+        "ranks, or `own_ranks`, on `ranks` processes and GPUs of its own, at the same time as the "
+        "student. The losses are the same.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    ranks: Positive = Field(
+        1,
+        description="With `placement: own_ranks`: number of the teacher's ranks. They are started "
+        "in addition to `launch.ranks`, and `ds_config` shards the teacher over them.",
         json_schema_extra=RUNTIME_ONLY,
     )
 
@@ -155,6 +175,13 @@ class TeacherConfig(ModelConfig):
         return "teacher.by_domain" if self.by_domain else None
 
     @property
+    def is_text_only(self) -> bool:
+        """Whether texts alone are exchanged with the teacher, so that no step reads its tokenizer
+        or its configuration.
+        """
+        return self.endpoint is not None and self.endpoint.api == "chat"
+
+    @property
     def single_stage(self) -> TeacherConfig:
         """The teacher of a training without the stages of the curriculum."""
         return self.model_copy(update={"by_stage": {}})
@@ -173,6 +200,22 @@ class TeacherConfig(ModelConfig):
             raise ValueError(
                 f"{used[0]} and {used[1]} are both set, and each decides alone which teacher a "
                 f"token has: remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> TeacherConfig:
+        if self.placement == "with_student" and self.ranks != 1:
+            raise ValueError(
+                f"ranks={self.ranks} counts ranks of the teacher alone, and "
+                "placement=with_student gives it none: set teacher.placement=own_ranks, or remove "
+                "teacher.ranks"
+            )
+        if self.placement == "own_ranks" and self.mode != "online":
+            raise ValueError(
+                f"placement=own_ranks runs the teacher in every step of training, and "
+                f"mode={self.mode} caches its outputs before: set teacher.mode=online, or "
+                "teacher.placement=with_student"
             )
         return self
 
@@ -258,5 +301,13 @@ class StudentConfig(ModelConfig):
     )
     activation_checkpointing: bool = Field(
         False,
-        description="Recompute activations in the backward pass: less memory, more time.",
+        description="Keep only the input of each layer for the backward pass, which computes the "
+        "layer again: less memory, more time.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    activation_offloading: bool = Field(
+        False,
+        description="With `activation_checkpointing`, keep the inputs of the layers in the host's "
+        "memory in place of the GPU's.",
+        json_schema_extra=RUNTIME_ONLY,
     )

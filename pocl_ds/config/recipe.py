@@ -21,7 +21,7 @@ from pocl_ds.config.evaluation import EvaluateConfig
 from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.launch import LaunchConfig
 from pocl_ds.config.loss import LossConfig
-from pocl_ds.config.models import StudentConfig, TeacherConfig
+from pocl_ds.config.models import ModelSource, StudentConfig, TeacherConfig
 from pocl_ds.config.policy import PolicyConfig
 from pocl_ds.config.prompt import PromptConfig
 from pocl_ds.config.ranking import RankingConfig
@@ -31,12 +31,16 @@ from pocl_ds.config.scoring import ScoreConfig
 from pocl_ds.config.teacher_cache import TeacherCacheConfig
 from pocl_ds.config.training import TrainConfig
 
+MAX_NAME_LENGTH = 100  # names of folders and jobs are made of it
+
 
 class Recipe(Section):
     """Everything that defines a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="Name of the run: letters, digits, dots, underscores and hyphens."
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME_LENGTH)
+    ] = Field(
+        description="Name of the run: at most 100 letters, digits, dots, underscores and hyphens."
     )
     plugins: tuple[str, ...] = Field(
         (),
@@ -91,9 +95,32 @@ class Recipe(Section):
         return self.ranking.strategy != "random" and self.ranking.scores is None
 
     @property
+    def teacher_ranks(self) -> int:
+        """Number of ranks that run the teacher alone."""
+        has_own = self.teacher is not None and self.teacher.placement == "own_ranks"
+        return self.teacher.ranks if self.teacher and has_own else 0
+
+    @property
+    def total_ranks(self) -> int:
+        """Number of processes of a training: the student's ranks and those of the teacher alone."""
+        return self.launch.ranks + self.teacher_ranks
+
+    @property
     def cross_tokenizer(self) -> bool:
         """Whether the loss compares models with different tokenizers."""
         return self.loss.name in CROSS_TOKENIZER_LOSSES
+
+    @property
+    def local_teacher(self) -> TeacherConfig | None:
+        """The teacher, if its tokenizer and its configuration are read here; None without a
+        teacher, and for one that only exchanges texts.
+        """
+        return None if self.teacher is None or self.teacher.is_text_only else self.teacher
+
+    @property
+    def local_models(self) -> tuple[ModelSource, ...]:
+        """The student, and the teachers whose configurations are read here."""
+        return (self.student, *(self.local_teacher.sources if self.local_teacher else ()))
 
     @property
     def teacher_template(self) -> Literal["student", "own"]:

@@ -146,6 +146,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section[leaf] = value
 
 
+# What to write in place of a value of a wrong type, by pydantic's name of the error.
+TYPE_REMEDIES = {
+    "int_type": "write a whole number, as in 8",
+    "int_parsing": "write a whole number, as in 8",
+    "int_from_float": "write a whole number, as in 8",
+    "float_type": "write a number, as in 0.5",
+    "float_parsing": "write a number, as in 0.5",
+    "bool_type": "write true or false",
+    "bool_parsing": "write true or false",
+    "tuple_type": "write a list, as in [a, b]",
+    "dict_type": "write a table, as in {name: value}",
+}
+
+
 def validation_message(error: ValidationError, prefix: str, model: type[BaseModel]) -> str:
     """The first fault of a validation as one sentence that begins with `prefix`, and the number of
     further ones.
@@ -169,10 +183,23 @@ def validation_message(error: ValidationError, prefix: str, model: type[BaseMode
         allowed = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         nearest = nearest_name(fault["input"], allowed)
         message += f", did you mean {nearest}?" if nearest else ""
+    if kind in TYPE_REMEDIES:
+        message += f": {TYPE_REMEDIES[kind]}"
+    if kind == "string_type":
+        message += f": {_string_remedy(fault['input'])}"
     if not field:
         return f"{prefix.removesuffix('field').rstrip(' :')}: {message}{more}"
     value = "" if isinstance(fault["input"], dict) else f"={_shortened(fault['input'])}"
     return f"{prefix} {field}{value}: {message[:1].lower()}{message[1:]}{more}"
+
+
+def _string_remedy(value: Any) -> str:
+    """What to write in place of a value that is no text: YAML reads numbers, dates and words such
+    as `yes` as other types.
+    """
+    if isinstance(value, (list, tuple)):
+        return f'write one text, as in "{",".join(map(str, value))}"'
+    return f'write it in quotes, as in "{str(value).lower() if value is True else value}"'
 
 
 def _shortened(value: Any) -> str:

@@ -14,6 +14,7 @@ from pocl_ds.config.base import (
     NonNegativeFloat,
     Positive,
     Section,
+    Shards,
     TopP,
     registered_name,
 )
@@ -41,6 +42,12 @@ class ScoreConfig(Section):
         description="Include the EOS token in the cross-entropy. The authors' release of POCL "
         "does not.",
     )
+    span: Literal["response", "answer"] = Field(
+        "response",
+        description="Which part of a response and of its reference is scored: all of it, or the "
+        "`answer` after a thought, which ends with `</think>` or another closing tag. A response "
+        "that never ends its thought has an empty answer.",
+    )
     metrics: tuple[Annotated[str, registered_name("metric", METRICS)], ...] = Field(
         (),
         description="Further difficulty metrics to compute besides ROUGE-L and cross-entropy: "
@@ -53,4 +60,4 @@ class ScoreConfig(Section):
         "writes spaces), `characters` (single letters and digits, for Chinese, Japanese or Thai), "
         "or `auto` to choose by the letters of the references.",
     )
-    shards: Positive = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)
+    shards: Shards = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)

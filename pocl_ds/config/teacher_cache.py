@@ -13,6 +13,8 @@ from pocl_ds.config.base import (
     Positive,
     PositiveFloat,
     Section,
+    Shards,
+    TopP,
 )
 
 
@@ -40,6 +42,12 @@ class TeacherCacheConfig(Section):
         description="With `teacher.mode: cached_topk`: number of largest probabilities to store "
         "per token.",
     )
+    top_p: TopP | None = Field(
+        None,
+        description="With `teacher.mode: cached_topk`: store only as many of the `top_k` ids as "
+        "have this probability together at every temperature of the plan, which saves bytes where "
+        "all temperatures are 1; `null` stores all `top_k`.",
+    )
     num_samples: Positive = Field(
         50,
         description="With `teacher.mode: cached_sampled`: number of ids to draw from the teacher's "
@@ -58,7 +66,14 @@ class TeacherCacheConfig(Section):
         "space.",
         json_schema_extra=RUNTIME_ONLY,
     )
-    shards: Positive = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)
+    local_copy: str | None = Field(
+        None,
+        description="Folder on the local disk of each node, to which training copies the cache "
+        "before it reads it, once per node; variables such as `$TMPDIR` and `$SLURM_TMPDIR` are "
+        "those of the node. `null` reads the run directory.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    shards: Shards = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)
     max_batch_tokens: Positive = Field(
         8192,
         description="Maximum number of tokens per forward pass on one rank.",

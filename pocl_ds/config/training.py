@@ -13,6 +13,7 @@ from pocl_ds.config.base import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Seconds,
     Section,
 )
 
@@ -80,14 +81,22 @@ class TrainConfig(Section):
     )
     micro_batch_size: Positive = Field(
         8,
-        description="Samples per forward pass on one rank. Gradients are accumulated over "
-        "`batch_size / (micro_batch_size * ranks)` micro-batches.",
+        description="Samples per forward pass on one rank, or on one group of "
+        "`sequence_parallel_size` ranks. Gradients are accumulated over `batch_size / "
+        "(micro_batch_size * ranks / sequence_parallel_size)` micro-batches.",
         json_schema_extra=RUNTIME_ONLY,
     )
     micro_batch_tokens: Positive | None = Field(
         None,
-        description="Maximum number of tokens per forward pass on one rank; replaces "
-        "`micro_batch_size`.",
+        description="Maximum number of tokens per forward pass on one rank, or on one group of "
+        "`sequence_parallel_size` ranks; replaces `micro_batch_size`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    sequence_parallel_size: Positive = Field(
+        1,
+        description="Number of ranks that share a micro-batch: each has an equal part of its "
+        "tokens, and in attention of its heads (Ulysses). Divides the activations of long samples "
+        "over the ranks. Must divide `launch.ranks` and the number of attention heads.",
         json_schema_extra=RUNTIME_ONLY,
     )
     length_window: Positive = Field(
@@ -106,6 +115,13 @@ class TrainConfig(Section):
         description="`layers` compiles each decoder layer of both models with torch.compile, "
         "which needs Triton on GPUs and a C++ compiler on CPUs. The first optimizer steps take "
         "longer.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    mlp_tile_tokens: Positive | None = Field(
+        None,
+        description="Run the MLP of each layer, in both models, over so many tokens at a time: "
+        "less memory for long samples, and the backward pass computes each MLP again. `null` runs "
+        "it over all tokens at once.",
         json_schema_extra=RUNTIME_ONLY,
     )
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
@@ -145,7 +161,7 @@ class TrainConfig(Section):
         description="Also compute the validation loss every so many optimizer steps. Needed by "
         "`policy.name: distillm`, which also validates before the first step.",
     )
-    hang_timeout_seconds: PositiveFloat = Field(
+    hang_timeout_seconds: Seconds = Field(
         1800,
         description="If a rank makes no progress for so many seconds, it writes its stack traces "
         "to `train/logs/` and the run ends.",
@@ -155,6 +171,14 @@ class TrainConfig(Section):
         None,
         description="First and last optimizer step, as in `[10, 12]`, of which rank 0 writes a "
         "trace of torch.profiler and its largest entries to `train/profile/`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    local_copy: str | None = Field(
+        None,
+        description="Folder on the local disk of each node, to which training copies the models "
+        "and the tokenized data before it reads them, once per node; the copies are removed at "
+        "its end. Variables such as `$TMPDIR` are those of the node. `null` reads them where they "
+        "are.",
         json_schema_extra=RUNTIME_ONLY,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,8 +1,8 @@
 """YAML files that people write: recipes, studies and profiles.
 
 `yaml.SafeLoader` with these differences: a duplicate key is an error, `1e-3` is a number (as in
-YAML 1.2), a date stays text (Hub revisions may look like one), tags for sets and bytes are errors,
-and so are aliases that expand without end.
+YAML 1.2), a date and a time such as `1:30:00` stay text (Hub revisions may look like one), tags for
+sets and bytes are errors, and so are merge keys and aliases that expand without end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import RecipeError, decode_fault
 
 MAX_BYTES = 1 << 20  # a larger file is data that was named by mistake
-MAX_VALUES, MAX_DEPTH, MAX_BITS = 100_000, 32, 64
+MAX_VALUES, MAX_DEPTH, MAX_BITS, MAX_DIGITS = 100_000, 32, 64, 400
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,13 +27,19 @@ class _Loader(yaml.SafeLoader):
         node: MappingNode = super().compose_mapping_node(anchor)
         keys: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, ScalarNode):
+                if key.tag == "tag:yaml.org,2002:merge":  # nested ones expand without end
+                    raise _error_at(key, "merge keys (<<) are not read, write the fields out")
                 if key.value in keys:
                     raise _error_at(key, f"the key {key.value!r} appears twice")
                 keys.add(key.value)
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
+        # A number of base 60, or of so many digits that reading them takes minutes.
+        is_number = isinstance(node, ScalarNode) and node.tag in NUMBER_TAGS
+        if is_number and (":" in node.value or len(node.value) > MAX_DIGITS):
+            raise _error_at(node, f"{node.value[:40]!r} is not of the type of its tag")
         try:
             value = super().construct_object(node, deep=deep)
         except (ValueError, LookupError):  # `!!int abc`, or more digits than Python reads
@@ -59,8 +66,17 @@ def _error_at(node: Node, problem: str) -> ConstructorError:
 for _tag in ("binary", "timestamp", "omap", "pairs", "set"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_undefined)
 _Loader.add_constructor(None, _Loader.construct_undefined)
+
+
+def _without_colon(tag: str, pattern: re.Pattern[str]) -> tuple[str, re.Pattern[str]]:
+    """A resolver of numbers that leaves those of base 60, such as 1:30, to be text."""
+    if tag in NUMBER_TAGS:
+        pattern = re.compile(f"(?!.*:){pattern.pattern}", pattern.flags)
+    return tag, pattern
+
+
 _Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    letter: [_without_colon(*resolver) for resolver in resolvers if ":timestamp" not in resolver[0]]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Dumper.add_representer(str, _Dumper.represent_str)
@@ -84,9 +100,7 @@ def read_yaml(path: Path) -> Any:
             )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
-        ) from None
+        raise RecipeError(f"{path} is not UTF-8 ({decode_fault(error)}): convert it") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): check the file") from None
     try:

@@ -13,7 +13,11 @@ Everything here works with plain lists and numpy arrays, without a run directory
 """
 
 from pocl_ds.curriculum.data_sampler import CurriculumSampler
-from pocl_ds.curriculum.micro_batches import assign_micro_batches, token_budget_batches
+from pocl_ds.curriculum.micro_batches import (
+    assign_micro_batches,
+    load_imbalance,
+    token_budget_batches,
+)
 from pocl_ds.curriculum.plan import Plan, Stage, build_plan, single_stage_plan
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty, tied_fraction
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
@@ -29,6 +33,7 @@ __all__ = [
     "assign_micro_batches",
     "build_plan",
     "learning_rate",
+    "load_imbalance",
     "rank_by_difficulty",
     "single_stage_plan",
     "stage_values",

@@ -27,8 +27,9 @@ class CurriculumSampler:
     """Dataset rows in the order of a plan, for one rank: one micro-batch after the other.
 
     Every rank sees the same global batch of each optimizer step, and takes its own micro-batches of
-    it: those that `pocl train` gives to that rank with the same `train.micro_batch_size`. One pass
-    is the whole plan, not one epoch.
+    it. A micro-step has the samples of that of `pocl train` with the same `train.micro_batch_size`;
+    which rank gets which may differ, since `pocl train` knows what a sample costs its models. One
+    pass is the whole plan, not one epoch.
 
     `state_dict` and `load_state_dict` follow torchdata's StatefulDataLoader. A plain DataLoader
     with workers draws rows before they are used, so continue it with `start_at` the number of
@@ -103,7 +104,7 @@ class CurriculumSampler:
         rows = self._sampler.batch(step)
         lengths = np.zeros(len(rows), np.int64) if self.lengths is None else self.lengths[rows]
         places = assign_by_count(
-            lengths, ranks=self.world_size, micro_batch_size=self.micro_batch_size
+            lengths, ranks=self.world_size, micro_batch_size=self.micro_batch_size, packed=False
         )
         return [[rows[part] for part in of_rank] for of_rank in places]
 

@@ -1,7 +1,12 @@
 """Micro-batches: which samples of a global batch go through one forward pass together.
 
-Pure functions of sample lengths. Every rank computes the assignment of all ranks and uses its part.
-All ranks get equally many micro-batches, since ZeRO-3 would hang otherwise.
+Pure functions of the samples' lengths and costs. Every rank computes the assignment of all ranks
+and uses its part. All ranks get equally many micro-batches, since ZeRO-3 would hang otherwise.
+
+The cost of a sample is the arithmetic of its optimizer step. Attention makes it grow faster than
+its length, so ranks with equally many tokens may still wait for each other: with ZeRO-3 in every
+micro-step, where all ranks take part in gathering each layer, and otherwise once a step. Costs are
+integers, since all machines must compute equal sums.
 """
 
 from __future__ import annotations
@@ -11,27 +16,41 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MicroBatches = list[list[NDArray[np.int64]]]  # [rank][micro-batch] -> indices into the batch
+Integers = NDArray[np.int64]
+MicroBatches = list[list[Integers]]  # [rank][micro-batch] -> indices into the batch
+MicroStep = list[Integers]  # indices of the micro-batch of each rank
 
 
 def assign_micro_batches(
-    lengths: NDArray[np.int64],
+    lengths: Integers,
     *,
     ranks: int,
     micro_batch_size: int,
     micro_batch_tokens: int | None,
     packed: bool,
+    costs: Integers | None = None,
 ) -> MicroBatches:
     """Divide a batch into micro-batches of at most `micro_batch_tokens` tokens, or of
     `micro_batch_size` samples if that is None.
+
+    costs: of each sample in any unit, [samples]; by default its tokens.
     """
     if micro_batch_tokens is None:
-        return assign_by_count(lengths, ranks=ranks, micro_batch_size=micro_batch_size)
-    return assign_by_tokens(lengths, ranks=ranks, max_tokens=micro_batch_tokens, packed=packed)
+        return assign_by_count(
+            lengths, ranks=ranks, micro_batch_size=micro_batch_size, packed=packed, costs=costs
+        )
+    return assign_by_tokens(
+        lengths, ranks=ranks, max_tokens=micro_batch_tokens, packed=packed, costs=costs
+    )
 
 
 def assign_by_count(
-    lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int
+    lengths: Integers,
+    *,
+    ranks: int,
+    micro_batch_size: int,
+    packed: bool,
+    costs: Integers | None = None,
 ) -> MicroBatches:
     """Divide a batch into micro-batches of `micro_batch_size` samples.
 
@@ -41,6 +60,8 @@ def assign_by_count(
 
     Args:
         lengths: tokens of each sample of the batch, [samples].
+        packed: micro-batches are packed into one row, without padding.
+        costs: of each sample in any unit, [samples]; by default its tokens.
 
     Raises:
         ValueError: the batch is not a multiple of ranks * micro_batch_size.
@@ -50,46 +71,48 @@ def assign_by_count(
             f"a batch of {len(lengths)} samples cannot be divided into micro-batches of "
             f"{micro_batch_size} on {ranks} ranks"
         )
-    longest_first = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    micro_steps = longest_first.reshape(-1, micro_batch_size, ranks)
-    return [[micro_step[:, rank] for micro_step in micro_steps] for rank in range(ranks)]
+    sizes, costs = _as_integers(lengths, costs)
+    return _deal_to_ranks(
+        _steps_by_count(sizes, costs, ranks, micro_batch_size), costs, ranks, packed
+    )
 
 
 def assign_by_tokens(
-    lengths: NDArray[np.int64], *, ranks: int, max_tokens: int, packed: bool
+    lengths: Integers,
+    *,
+    ranks: int,
+    max_tokens: int,
+    packed: bool,
+    costs: Integers | None = None,
 ) -> MicroBatches:
     """Divide a batch into few micro-batches of at most `max_tokens` tokens, padding included.
 
-    A rank may get empty micro-batches, if there are fewer samples than ranks. The largest
-    micro-batches go first, and those of one micro-step have similar sizes.
+    A rank may get empty micro-batches, if there are fewer samples than ranks. The costliest
+    micro-batches go first, and those of one micro-step have similar costs.
 
     Args:
         lengths: tokens of each sample of the batch, [samples].
         packed: micro-batches are packed into one row, without padding.
+        costs: of each sample in any unit, [samples]; by default its tokens.
 
     Raises:
         ValueError: a sample is longer than `max_tokens`.
     """
-    sizes = np.asarray(lengths, np.int64)
-    if len(sizes) and sizes.max() > max_tokens:
-        raise ValueError(
-            f"a sample of {int(sizes.max())} tokens does not fit into a micro-batch of {max_tokens}"
-        )
-    build_groups = _packed_groups if packed else _padded_groups
-    groups = build_groups(sizes, ranks, max_tokens)
-    tokens = [int(sizes[g].sum() if packed else len(g) * sizes[g].max(initial=0)) for g in groups]
-    largest_first = sorted(range(len(groups)), key=lambda i: (-tokens[i], i))
-    return [[groups[i] for i in largest_first[rank::ranks]] for rank in range(ranks)]
+    sizes, costs = _as_integers(lengths, costs)
+    return _deal_to_ranks(
+        _steps_by_tokens(sizes, costs, ranks, max_tokens, packed), costs, ranks, packed
+    )
 
 
 def assign_by_teacher(
-    lengths: NDArray[np.int64],
-    teachers: NDArray[np.int64],
+    lengths: Integers,
+    teachers: Integers,
     *,
     ranks: int,
     micro_batch_size: int,
     micro_batch_tokens: int | None,
     packed: bool,
+    costs: Integers | None = None,
 ) -> tuple[MicroBatches, list[int]]:
     """Divide a batch whose samples have several teachers into micro-batches of one teacher each.
 
@@ -101,6 +124,7 @@ def assign_by_teacher(
     Args:
         lengths: tokens of each sample of the batch, [samples].
         teachers: number of the teacher of each sample, [samples].
+        costs: of each sample in any unit, [samples]; by default its tokens.
 
     Returns:
         The assignment, and the teacher of each micro-step.
@@ -108,36 +132,34 @@ def assign_by_teacher(
     Raises:
         ValueError: a sample is longer than `micro_batch_tokens`.
     """
-    assignment: MicroBatches = [[] for _ in range(ranks)]
+    sizes, costs = _as_integers(lengths, costs)
+    steps: list[MicroStep] = []
     teacher_of_step: list[int] = []
     for teacher in np.unique(teachers).tolist():
         own = np.flatnonzero(teachers == teacher)
         if micro_batch_tokens is None:
-            steps = _fill_by_count(lengths[own], ranks, micro_batch_size)
+            part = _steps_by_count(sizes[own], costs[own], ranks, micro_batch_size)
         else:
-            steps = assign_by_tokens(
-                lengths[own], ranks=ranks, max_tokens=micro_batch_tokens, packed=packed
-            )
-        for rank, micro_batches in enumerate(steps):
-            assignment[rank] += [own[members] for members in micro_batches]
-        teacher_of_step += [int(teacher)] * len(steps[0])
-    return assignment, teacher_of_step
+            part = _steps_by_tokens(sizes[own], costs[own], ranks, micro_batch_tokens, packed)
+        steps += [[own[members] for members in step] for step in part]
+        teacher_of_step += [int(teacher)] * len(part)
+    return _deal_to_ranks(steps, costs, ranks, packed), teacher_of_step
 
 
-def _fill_by_count(lengths: NDArray[np.int64], ranks: int, micro_batch_size: int) -> MicroBatches:
-    """`assign_by_count` for any number of samples: the last micro-step takes what is left, spread
-    over the ranks.
+def load_imbalance(assignment: MicroBatches, costs: Integers, *, packed: bool) -> float:
+    """How much longer the ranks compute than if all had the same: the cost of the costliest
+    micro-batch of each micro-step, summed, over the mean cost of a rank. 1 is balanced.
+
+    costs: of each sample, [samples].
     """
-    longest_first = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    places = -(-len(longest_first) // (ranks * micro_batch_size)) * ranks * micro_batch_size
-    filled = np.concatenate([longest_first, np.full(places - len(longest_first), -1, np.int64)])
-    micro_steps = filled.reshape(-1, micro_batch_size, ranks)
-    return [[members[members >= 0] for members in micro_steps[:, :, rank]] for rank in range(ranks)]
+    table = [[_cost(members, costs, packed) for members in of_rank] for of_rank in assignment]
+    mean = sum(map(sum, table)) / len(table)
+    return sum(map(max, zip(*table, strict=True))) / mean if mean else 1.0
 
 
 def token_budget_batches(
-    lengths: Sequence[int] | NDArray[np.int64], *, max_tokens: int, max_samples: int | None = None
-) -> list[NDArray[np.int64]]:
+    lengths: Sequence[int] | Integers, *, max_tokens: int, max_samples: int | None = None
+) -> list[Integers]:
     """Group samples of similar length into batches of at most `max_tokens` tokens with padding.
 
     The longest samples come first. A sample longer than `max_tokens` gets its own batch.
@@ -151,7 +173,7 @@ def token_budget_batches(
     """
     sizes = np.asarray(lengths, np.int64)
     longest_first = np.argsort(-sizes, kind="stable")
-    batches: list[NDArray[np.int64]] = []
+    batches: list[Integers] = []
     start = 0
     while start < len(longest_first):
         longest = max(1, int(sizes[longest_first[start]]))
@@ -163,30 +185,122 @@ def token_budget_batches(
     return batches
 
 
-def _packed_groups(
-    sizes: NDArray[np.int64], ranks: int, max_tokens: int
-) -> list[NDArray[np.int64]]:
-    """Put each sample, longest first, into the emptiest of k groups.
+def _as_integers(lengths: Integers, costs: Integers | None) -> tuple[Integers, Integers]:
+    sizes = np.asarray(lengths, np.int64)
+    return sizes, sizes if costs is None else np.asarray(costs, np.int64)
 
-    k is the smallest multiple of the ranks with which every group fits into the budget.
+
+def _cost(members: Integers, costs: Integers, packed: bool) -> int:
+    """The cost of a micro-batch. Padding makes all of its samples cost as much as the costliest."""
+    own = costs[members]
+    return int(own.sum()) if packed else len(own) * int(own.max(initial=0))
+
+
+def _deal_to_ranks(
+    steps: list[MicroStep], costs: Integers, ranks: int, packed: bool
+) -> MicroBatches:
+    """Give the micro-batches of each micro-step to the ranks: the costliest to the rank whose
+    earlier ones cost least.
+    """
+    assignment: MicroBatches = [[] for _ in range(ranks)]
+    totals = np.zeros(ranks, np.int64)
+    for step in steps:
+        step_costs = np.array([_cost(members, costs, packed) for members in step], np.int64)
+        costliest_first = np.argsort(-step_costs, kind="stable")
+        receivers = np.argsort(totals, kind="stable")
+        for rank, place in zip(receivers, costliest_first, strict=True):
+            assignment[rank].append(step[place])
+        totals[receivers] += step_costs[costliest_first]
+    return assignment
+
+
+def _steps_by_count(
+    sizes: Integers, costs: Integers, ranks: int, micro_batch_size: int
+) -> list[MicroStep]:
+    """Micro-steps of `ranks * micro_batch_size` samples, the longest first; the last one takes what
+    is left, spread over the ranks.
+
+    Of each `ranks` samples in the order of length every rank gets one: the costliest goes to the
+    rank that has the least of the micro-step.
     """
     longest_first = np.argsort(-sizes, kind="stable")
+    steps = []
+    for first in range(0, len(sizes), ranks * micro_batch_size):
+        members = longest_first[first : first + ranks * micro_batch_size]
+        step: list[list[int]] = [[] for _ in range(ranks)]
+        loads = np.zeros(ranks, np.int64)
+        for start in range(0, len(members), ranks):
+            row = members[start : start + ranks]
+            row = row[np.argsort(-costs[row], kind="stable")]
+            receivers = np.argsort(loads, kind="stable")[: len(row)]
+            for rank, sample in zip(receivers, row, strict=True):
+                step[rank].append(int(sample))
+            loads[receivers] += costs[row]
+        steps.append([np.array(group, np.int64) for group in step])
+    return steps
+
+
+def _steps_by_tokens(
+    sizes: Integers, costs: Integers, ranks: int, max_tokens: int, packed: bool
+) -> list[MicroStep]:
+    """Micro-steps of micro-batches with at most `max_tokens` tokens, the costliest first.
+
+    Raises ValueError for a sample that is longer.
+    """
+    if len(sizes) and sizes.max() > max_tokens:
+        raise ValueError(
+            f"a sample of {int(sizes.max())} tokens does not fit into a micro-batch of {max_tokens}"
+        )
+    if packed:
+        groups = _packed_groups(sizes, costs, ranks, max_tokens)
+    else:
+        groups = _padded_groups(sizes, ranks, max_tokens)
+    group_costs = np.array([_cost(group, costs, packed) for group in groups], np.int64)
+    # Of all ways to divide the groups into micro-steps, this one has the least sum of maxima.
+    ordered = [groups[place] for place in np.argsort(-group_costs, kind="stable")]
+    return [ordered[first : first + ranks] for first in range(0, len(ordered), ranks)]
+
+
+def _packed_groups(sizes: Integers, costs: Integers, ranks: int, max_tokens: int) -> list[Integers]:
+    """Put each sample, longest first, into the group of least cost that has room for it.
+
+    The number of groups is the smallest multiple of the ranks with which all samples find room.
+    Groups of equal cost may leave no room for the last samples, and groups of equal tokens may cost
+    less where room is scarce: both are made, and the ranks get those with which they wait less.
+    """
     count = max(ranks, -(-int(sizes.sum()) // (max_tokens * ranks)) * ranks)
     while True:
-        groups: list[list[int]] = [[] for _ in range(count)]
-        tokens = np.zeros(count, np.int64)
-        for i in longest_first:
-            emptiest = int(tokens.argmin())
-            groups[emptiest].append(int(i))
-            tokens[emptiest] += sizes[i]
-        if tokens.max() <= max_tokens:
-            return [np.array(group, np.int64) for group in groups]
+        choices = []
+        for loads in (costs, sizes):
+            groups = _fill_groups(sizes, loads, count, max_tokens)
+            if groups is not None:
+                group_costs = np.array([costs[group].sum() for group in groups], np.int64)
+                choices.append((int(np.sort(group_costs)[::-1][::ranks].sum()), groups))
+        if choices:
+            return min(choices, key=lambda choice: choice[0])[1]
         count += ranks
 
 
-def _padded_groups(
-    sizes: NDArray[np.int64], ranks: int, max_tokens: int
-) -> list[NDArray[np.int64]]:
+def _fill_groups(
+    sizes: Integers, loads: Integers, count: int, max_tokens: int
+) -> list[Integers] | None:
+    """Put each sample, longest first, into the group of least load that has room for it; None if
+    one finds no room.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    room, totals = np.full(count, max_tokens, np.int64), np.zeros(count, np.int64)
+    full = np.iinfo(np.int64).max
+    for sample in np.argsort(-sizes, kind="stable"):
+        group = int(np.where(room >= sizes[sample], totals, full).argmin())
+        if room[group] < sizes[sample]:
+            return None
+        groups[group].append(int(sample))
+        room[group] -= sizes[sample]
+        totals[group] += loads[sample]
+    return [np.array(group, np.int64) for group in groups]
+
+
+def _padded_groups(sizes: Integers, ranks: int, max_tokens: int) -> list[Integers]:
     """Batches of similar lengths; the largest are halved until all ranks get equally many."""
     groups = token_budget_batches(sizes, max_tokens=max_tokens)
     while len(groups) % ranks or not groups:

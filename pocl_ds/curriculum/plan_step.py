@@ -49,7 +49,7 @@ def write_plan(
             f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and "
             "run `pocl rank`"
         )
-    # Weigh the samples, unless the student first scores them anew.
+    # Weigh the samples, unless the student first scores them again.
     weights, rule = None, curriculum.sample_weights
     if rule and curriculum.plan_has_weights:
         weights = weigh_samples(read_scores(run, seed=seed), rule.name, rule.options)

@@ -22,7 +22,7 @@ class SampleScores:
     """Scores of all training samples, each [samples] in the order of the data.
 
     columns: by name, such as `rouge_l` and `cross_entropy` of the step `score`, MEASURED_SCORES
-    where the student scored the samples anew, and `place`, from 0 for the easiest sample to 1 for
+    where the student scored the samples again, and `place`, from 0 for the easiest sample to 1 for
     the hardest. stage: the stage that begins, from 0.
     """
 

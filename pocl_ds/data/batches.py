@@ -13,6 +13,16 @@ from torch import Tensor
 
 from pocl_ds.data.generated import TokenizedDataset
 
+# Fields of a batch with one entry for each loss token.
+LOSS_TOKEN_FIELDS = (
+    "positions",
+    "labels",
+    "sample_of_token",
+    "teacher_outputs",
+    "token_positions",
+    "token_weights",
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -39,8 +49,16 @@ class Batch:
     teacher_number: int = 0  # which of several teachers its samples have
     # Of a cached teacher, see `Teacher.outputs`; read together with the batch.
     teacher_outputs: Tensor | None = None
+    # Number of the request for the outputs of a teacher on ranks of its own; None: not requested
+    teacher_request: int | None = None
     # [B] float32, factor of each sample's loss; None: every sample counts once
     sample_weights: Tensor | None = None
+    # Of a part of a row: which of the row's loss tokens it has, and `position_in_sample` of these,
+    # [n] float32. None: the batch has the complete row.
+    loss_token_range: slice | None = None
+    token_positions: Tensor | None = None
+    # [n] float32, further factor of each loss token's loss; None: 1
+    token_weights: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -55,14 +73,35 @@ class Batch:
         """The same batch with the loss tokens of one of its samples only. It still has B samples,
         so that `sample_weights` stay as they are.
         """
-        own = self.sample_of_token == sample
-        return replace(
+        return self._with_loss_tokens(self.sample_of_token == sample)
+
+    def sequence_shard(self, part: int, parts: int) -> Batch:
+        """One of `parts` equal parts of a packed row, counted from 0: its tokens, [1, T / parts],
+        and the loss tokens that they predict. `lengths` stay those of the row, whose end is filled
+        with a sample of padding if `parts` does not divide T.
+        """
+        assert self.lengths is not None and self.position_ids is not None, "the row is not packed"
+        padding = -sum(self.lengths) % parts
+        filler = torch.arange(padding)[None]
+        ids = torch.cat([self.input_ids, torch.zeros_like(filler)], 1).chunk(parts, 1)[part]
+        first = part * ids.shape[1]
+        is_own = (self.positions >= first) & (self.positions < first + ids.shape[1])
+        start, count = int((self.positions < first).sum()), int(is_own.sum())
+        shard = replace(
             self,
-            positions=self.positions[own],
-            labels=self.labels[own],
-            sample_of_token=self.sample_of_token[own],
-            teacher_outputs=None if self.teacher_outputs is None else self.teacher_outputs[own],
+            input_ids=ids,
+            position_ids=torch.cat([self.position_ids, filler], 1).chunk(parts, 1)[part],
+            lengths=(*self.lengths, padding) if padding else self.lengths,
+            positions=self.positions - first,
+            loss_token_range=slice(start, start + count),
+            token_positions=position_in_sample(self.sample_of_token, torch.float32),
         )
+        return shard._with_loss_tokens(is_own)
+
+    def _with_loss_tokens(self, chosen: Tensor) -> Batch:
+        """The same batch with some of its loss tokens only: [n] bool."""
+        values = {name: getattr(self, name) for name in LOSS_TOKEN_FIELDS}
+        return replace(self, **{name: v[chosen] for name, v in values.items() if v is not None})
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with a function applied to each of its tensors."""
@@ -99,6 +138,25 @@ class TeacherView:
             student_spans=function(self.student_spans),
             teacher_spans=function(self.teacher_spans),
         )
+
+
+def place_in_sample(samples: Tensor) -> Tensor:
+    """[n]: the index of each loss token among those of its sample. samples: [n], the sample of each
+    token; the tokens of a sample follow one another.
+    """
+    index = torch.arange(len(samples), device=samples.device)
+    if not len(samples):
+        return index
+    is_start = torch.cat([samples.new_full((1,), -1), samples[:-1]]) != samples
+    return index - torch.cummax(torch.where(is_start, index, 0), 0).values
+
+
+def position_in_sample(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n]: 0 at the first loss token of each sample to 1 at its last; 0 if it is the only one.
+    samples: as in `place_in_sample`.
+    """
+    before, after = place_in_sample(samples), place_in_sample(samples.flip(0)).flip(0)
+    return before.to(dtype) / (before + after).clamp(min=1)
 
 
 def collate(

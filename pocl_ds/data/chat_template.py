@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pocl_ds.compat.transformers_private import render_with_generation_blocks
 from pocl_ds.data.conversation import ASSISTANT, DEVELOPER, SYSTEM, USER, Message, Sample
 from pocl_ds.data.rendered import RenderedConversation, Span
+from pocl_ds.data.template_limits import TemplateCostError, limited_rendering
 from pocl_ds.data.template_probes import TemplateProbes
 from pocl_ds.data.text_encoding import special_tokens
 from pocl_ds.data.thoughts import (
@@ -111,11 +112,7 @@ class ChatTemplate:
 
     def _messages(self, sample: Sample) -> tuple[Message, ...]:
         """The messages with their thoughts, system text and roles as the recipe wants them."""
-        messages = list(sample.messages)
-        if sample.input:  # Alpaca's input belongs to the last user message
-            index = max(i for i, turn in enumerate(messages[:-1]) if turn.role == USER)
-            content = f"{messages[index].content}\n\n{sample.input}"
-            messages[index] = replace(messages[index], content=content)
+        messages = list(sample.messages_with_input)
         if self.system_message != "system_turn":
             messages = self._without_system(messages)
         return tuple(self._message(message) for message in messages)
@@ -155,9 +152,10 @@ class ChatTemplate:
 
     def _apply(self, sample: Sample, messages: Sequence[Message], *, generation: bool) -> str:
         try:
-            return self._apply_raw(
-                self._trees(messages), list(sample.tools) or None, generation=generation
-            )
+            with limited_rendering():
+                return self._apply_raw(
+                    self._trees(messages), list(sample.tools) or None, generation=generation
+                )
         # A template is a program, so any exception may occur.
         except Exception as error:
             raise self._refusal(sample, messages, error) from None
@@ -174,7 +172,12 @@ class ChatTemplate:
         )
 
     def _refusal(self, sample: Sample, messages: Sequence[Message], error: Exception) -> DataError:
-        """What to tell of a conversation that the template refuses."""
+        """What to tell of a conversation that the template refuses, or that costs too much."""
+        if isinstance(error, TemplateCostError):
+            return DataError(
+                f"{sample.label}: the chat template costs too much with it (it {error}): fix the "
+                "template's loops and widths, or the record"
+            )
         remedy = "fix or remove it, or leave out such samples with data.on_invalid=skip"
         has_system = any(message.role in (SYSTEM, DEVELOPER) for message in messages)
         if has_system and self.system_message == "system_turn":

@@ -88,6 +88,17 @@ class Sample:
         return self.messages[:-1]
 
     @property
+    def messages_with_input(self) -> tuple[Message, ...]:
+        """All messages, with Alpaca's input at the end of the prompt's last user message."""
+        if not self.input:
+            return self.messages
+        messages = list(self.messages)
+        index = max(i for i, turn in enumerate(messages[:-1]) if turn.role == USER)
+        content = f"{messages[index].content}\n\n{self.input}"
+        messages[index] = replace(messages[index], content=content)
+        return tuple(messages)
+
+    @property
     def response(self) -> Message:
         """The training response."""
         return self.messages[-1]

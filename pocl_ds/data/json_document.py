@@ -17,11 +17,23 @@ TRUNCATION_CHARACTERS = 64
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
+MAX_RECORD_CHARACTERS = 10_000_000
+
+
 def beyond_limits(place: str) -> DataError:
     """The error of a record that Python's parser refuses although it is JSON."""
     return DataError(
         f"{place} is nested too deeply or holds too long a number: fix or remove the record",
         reason="not JSON",
+    )
+
+
+def too_large(place: str, size: int) -> DataError:
+    """The error of a record whose tokenization would take gigabytes of memory."""
+    return DataError(
+        f"{place} has {size:,} characters, and a record may have {MAX_RECORD_CHARACTERS:,}: split "
+        "it",
+        reason="too large",
     )
 
 

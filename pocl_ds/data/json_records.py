@@ -13,7 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pocl_ds.data.json_document import JsonDocument, beyond_limits
+from pocl_ds.data.json_document import (
+    MAX_RECORD_CHARACTERS,
+    JsonDocument,
+    beyond_limits,
+    too_large,
+)
 from pocl_ds.data.json_trees import records_of_object
 from pocl_ds.errors import DataError
 
@@ -80,6 +85,8 @@ def _begins_document(line: bytes) -> bool:
 
 def _parse_line(line: bytes, place: str) -> Any:
     """The value of a line, or the DataError that says what is wrong with it."""
+    if len(line) > 4 * MAX_RECORD_CHARACTERS:
+        return too_large(place, len(line))
     try:
         return json.loads(line.decode().strip())
     except UnicodeDecodeError as error:

@@ -36,8 +36,8 @@ from pocl_ds.data.tokenize_splits import (
 from pocl_ds.data.tokenize_workers import default_num_workers
 from pocl_ds.data.tokenizer_digest import tokenizer_digests
 from pocl_ds.errors import DataError
-from pocl_ds.workflow.files import atomic_directory
-from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
+from pocl_ds.workflow.files import atomic_directory, remove_partial_directories
+from pocl_ds.workflow.manifest import Manifest, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -68,12 +68,7 @@ def preprocess(
     the Hub, which the manifest records for later steps. read_benchmarks: reads what the models will
     be evaluated on, to compare with training. Raises DataError if no training samples remain.
     """
-    manifest = read_manifest(run.data)
-    if (
-        manifest
-        and manifest.fingerprint == fingerprint
-        and not damaged_files(run.data, manifest, checksums=False)
-    ):
+    if manifest := finished_manifest(run.data, fingerprint):
         return manifest
     start = time.monotonic()
     student = SampleTokenizer(tokenizer, prompt, special_tokens_in_text=data.special_tokens_in_text)
@@ -86,6 +81,7 @@ def preprocess(
             special_tokens_in_text=data.special_tokens_in_text,
             keep_all=True,
         )
+    remove_partial_directories(run.data)
     with atomic_directory(run.data) as folder:
         info = {
             "source": [source.label for source in data.training_sources],

@@ -22,9 +22,11 @@ from pocl_ds.data.field_names import (
     MappedRecord,
     is_empty,
 )
+from pocl_ds.data.json_document import MAX_RECORD_CHARACTERS, too_large
 from pocl_ds.data.messages import TurnReader
 from pocl_ds.data.record_formats import Conversation, read_conversation
 from pocl_ds.data.sample_ids import SampleIds
+from pocl_ds.data.text_encoding import sample_texts
 from pocl_ds.errors import DataError
 
 log = logging.getLogger("pocl_ds")
@@ -96,6 +98,8 @@ def samples_from_records(
         try:
             own_id, domain, conversation = reader.read(record, place)
             sample = _make_sample(own_id, domain, conversation, ids, place)
+            if (size := sum(map(len, sample_texts(sample)))) > MAX_RECORD_CHARACTERS:
+                raise too_large(place, size)
         except DataError as error:
             counts.invalid[error.reason] = counts.invalid.get(error.reason, 0) + 1
             if on_invalid is None:

@@ -163,10 +163,24 @@ def _file_records(
                         path, stream, split, needs_split=needs_split, setting=setting
                     )
     except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} is not UTF-8 ({error.reason}): convert it") from None
+        line = _undecodable_line(path)
+        raise DataError(
+            f"data file {path} line {line} is not UTF-8 ({error.reason}): convert it"
+        ) from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"data file {path} cannot be read ({reason}): check it") from None
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8; readers of whole documents do not know it."""
+    with _open_text_file(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def _open_text_file(path: Path) -> BinaryIO:

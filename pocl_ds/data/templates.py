@@ -14,8 +14,9 @@ from pocl_ds.config import PromptConfig
 from pocl_ds.data.chat_template import ChatTemplate
 from pocl_ds.data.conversation import ASSISTANT, DEVELOPER, SYSTEM, USER, Sample
 from pocl_ds.data.rendered import PromptTemplate, RenderedConversation
+from pocl_ds.data.template_limits import TemplateCostError, exceeded_limit, limited_rendering
 from pocl_ds.data.thoughts import join_thought, split_thought
-from pocl_ds.errors import DataError, ModelError, RecipeError
+from pocl_ds.errors import DataError, ModelError, RecipeError, decode_fault
 
 # The Stanford Alpaca template, which MiniLLM and the POCL release use.
 ALPACA_WITH_INPUT = (
@@ -30,12 +31,48 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
+BUILT_IN = ("alpaca", "plain")
+_checked: set[tuple[str, str, str]] = set()
+
+
 def load_template(tokenizer: Any, config: PromptConfig) -> PromptTemplate:
     """Load the recipe's prompt template for a tokenizer.
 
     Raises ModelError if the tokenizer has no chat template, RecipeError if the file is missing or
-    invalid.
+    invalid. Either is raised for a template that takes too much time or memory.
     """
+    if config.template in BUILT_IN:
+        return _load(tokenizer, config)
+    _check_cost(tokenizer, config)
+    try:
+        with limited_rendering():  # constants are computed when a template is compiled
+            return _load(tokenizer, config)
+    except TemplateCostError as error:
+        raise _refusal(config.template, str(error)) from None
+
+
+def _refusal(name: str, cost: str) -> RecipeError | ModelError:
+    """The error for a template that costs too much. cost: `takes more than 10 s ...`."""
+    if name == "chat":
+        return ModelError(f"the tokenizer's chat template {cost}: fix its loops and widths")
+    return RecipeError(f"prompt.template {name} {cost}: fix its loops and widths")
+
+
+def _check_cost(tokenizer: Any, config: PromptConfig) -> None:
+    """Render a short sample within limits, once for each template of this process."""
+    name, own = config.template, str(getattr(tokenizer, "chat_template", None))
+    path = Path(os.path.expanduser(name))
+    text = own if name == "chat" else str(path.stat().st_mtime_ns if path.is_file() else None)
+    key = (name, text, repr(config.chat_template_kwargs))
+    if key in _checked:
+        return
+    sample = Sample.from_instruction("probe", "What is this?", "A short sample.")
+    if limit := exceeded_limit(lambda: _load(tokenizer, config).render(sample)):
+        raise _refusal(name, f"takes more than {limit} for one short sample")
+    _checked.add(key)
+
+
+def _load(tokenizer: Any, config: PromptConfig) -> PromptTemplate:
     name = config.template
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
@@ -173,8 +210,7 @@ def _load_jinja_renderer(name: str, tokenizer: Any) -> Callable[[Sample, str], s
         ) from None
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"prompt.template {name} is not UTF-8 ({error.reason} at byte {error.start}): convert "
-            "it"
+            f"prompt.template {name} is not UTF-8 ({decode_fault(error)}): convert it"
         ) from None
     except jinja2.TemplateSyntaxError as error:
         raise RecipeError(
@@ -188,15 +224,21 @@ def _load_jinja_renderer(name: str, tokenizer: Any) -> Callable[[Sample, str], s
         last_user = max((i for i, turn in enumerate(sample.prompt) if turn.role == USER), default=0)
         history = [turn for turn in messages[:last_user] if turn["role"] in (USER, ASSISTANT)]
         try:
-            return template.render(
-                instruction=instruction,
-                input=sample.input,
-                history=history,
-                system="\n\n".join(_system_texts(sample)),
-                messages=messages,
-                tools=list(sample.tools),
-                **tokens,
-            )
+            with limited_rendering():
+                return template.render(
+                    instruction=instruction,
+                    input=sample.input,
+                    history=history,
+                    system="\n\n".join(_system_texts(sample)),
+                    messages=messages,
+                    tools=list(sample.tools),
+                    **tokens,
+                )
+        except TemplateCostError as error:
+            raise DataError(
+                f"{sample.label}: prompt.template {name} costs too much with it (it {error}): fix "
+                "the template's loops and widths, or the record"
+            ) from None
         except Exception as error:  # a template is a program
             reason = str(error) or type(error).__name__
             raise DataError(

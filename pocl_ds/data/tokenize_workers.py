@@ -11,8 +11,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pocl_ds.errors import ResourceError
+from pocl_ds.runtime.parent_death import die_with_parent
 
 MAX_WORKERS = 16
 CHUNK_SAMPLES, CHUNK_CHARACTERS = 512, 1 << 20
@@ -131,13 +130,7 @@ def _start_worker(function: Callable[[Any], Any], parent: int) -> None:
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    die_with_parent(parent)
 
 
 def _call(chunk: Any) -> Any:

@@ -23,7 +23,7 @@ from pocl_ds.difficulty.score_files import read_score_file, score_columns
 from pocl_ds.difficulty.ties import ZeroCounts, tie_warning
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.files import atomic_write, save_array
-from pocl_ds.workflow.manifest import Manifest, finished_manifest, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import Manifest, finished_manifest, read_part, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -211,7 +211,7 @@ def _read_score_info(run: RunDirectory) -> tuple[str, ZeroCounts]:
     """The tokenizer of ROUGE-L, and why values are 0, from the manifests of the scores."""
     rouge_tokenizer, zeros = "", ZeroCounts()
     for path in _complete_shards(run.scores):
-        manifest = read_manifest(run.scores, f"{path.name}.manifest.json")
+        manifest = read_part(run.scores, f"{path.name}.manifest.json")
         assert manifest is not None  # of a complete shard
         rouge_tokenizer = manifest.info["rouge_tokenizer"]
         zeros += ZeroCounts.from_info(manifest.info)
@@ -226,10 +226,12 @@ def _complete_shards(scores: Path) -> list[Path]:
     finished = sorted(
         path
         for path in scores.glob("shard-*-of-*.jsonl")
-        if path.with_name(path.name + ".manifest.json").is_file()
+        if read_part(scores, f"{path.name}.manifest.json") is not None
     )
     if not finished:
-        raise ArtifactError(f"there are no finished scores in {scores}: run `pocl score`")
+        raise ArtifactError(
+            f"there are no finished and undamaged scores in {scores}: run `pocl score`"
+        )
     missing = []
     for shards in sorted({int(path.stem.rpartition("-")[2]) for path in finished}):
         paths = [scores / f"shard-{shard:05d}-of-{shards:05d}.jsonl" for shard in range(shards)]
@@ -238,8 +240,8 @@ def _complete_shards(scores: Path) -> list[Path]:
             return paths
         missing += unfinished[:1]
     raise ArtifactError(
-        f"{missing[0]} is missing or unfinished: run `pocl score`, which repeats only unfinished "
-        "shards"
+        f"{missing[0]} is missing, unfinished or damaged: run `pocl score`, which repeats "
+        "only such shards"
     )
 
 

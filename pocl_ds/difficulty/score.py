@@ -10,19 +10,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, TypeAlias
+from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.curriculum.ranking import tied_fraction
-from pocl_ds.data.conversation import read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.reference_sample import sample_training_references
+from pocl_ds.data.thought_spans import ThoughtFinder, answer_of
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
+from pocl_ds.difficulty.plugin_metrics import ScoredSamples, metric_values
 from pocl_ds.difficulty.shards import (
     discard_other_divisions,
     discard_stale,
@@ -49,11 +50,6 @@ from pocl_ds.workflow.run_dir import RunDirectory
 log = logging.getLogger("pocl_ds")
 
 STEP = "score"
-# (responses, references, log-probabilities of the first reference) -> one number per sample
-Metric: TypeAlias = Callable[
-    [list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]
-]
-METRICS: dict[str, Metric] = {}  # in addition to ROUGE-L and cross-entropy; plugins register them
 MIN_SAMPLES_PER_CHUNK = 256  # in memory together
 # Prompts per chunk, as a multiple of max_num_seqs: the engine is underused at the end of a chunk.
 ROUNDS_PER_CHUNK = 4
@@ -120,7 +116,7 @@ def score_training_samples(
     )
     try:
         invariance = _check_student(config, split, generator, rows, reference)
-        scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator, invariance)
+        scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator, tokenizer, invariance)
         total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
             for number in pending:
@@ -181,11 +177,13 @@ class _ShardScorer:
         split: TokenizedSplit,
         rouge_tokenizer: str,
         generator: Generator,
+        tokenizer: Any,
         invariance: dict[str, Any],  # what `check_generator` found
     ) -> None:
         self.run, self.config, self.split = run, config, split
         self.rouge_tokenizer = rouge_tokenizer
         self.generator, self.invariance = generator, invariance
+        self._thoughts = ThoughtFinder(tokenizer)
         # Samples whose value another sample of the same shard has too.
         self.num_tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
         self.num_scored = 0
@@ -201,6 +199,7 @@ class _ShardScorer:
         rows = shard_rows(len(self.split), shard, shards)
         start, tokens = time.monotonic(), self.generator.processed_tokens
         samples, self.shard_zeros = self._samples(rows), ZeroCounts()
+        self.unfinished_thoughts = 0
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
         means: dict[str, float] = {}  # of the chunks so far, for the progress line
 
@@ -233,8 +232,18 @@ class _ShardScorer:
             "tied_fraction": tied_fractions,
             "rouge_tokenizer": self.rouge_tokenizer,
             "rouge_l_zeros": self.shard_zeros.to_info(),
+            "span": self.config.span,
+            "unfinished_thoughts": self.unfinished_thoughts,
             "batch_invariance": self.invariance,
         }
+        if self.unfinished_thoughts:
+            log.warning(
+                "score: %d of %d responses do not end their thought within score.max_new_tokens=%d "
+                "and have no answer, so that their ROUGE-L is 0: raise it",
+                self.unfinished_thoughts,
+                len(rows),
+                self.config.max_new_tokens,
+            )
         self.zeros += self.shard_zeros
         self.num_scored += len(rows)
         for name, fraction in tied_fractions.items():
@@ -244,14 +253,14 @@ class _ShardScorer:
     def _score_chunk(
         self,
         rows: range,
-        samples: list[tuple[str, list[str]]],
+        samples: list[Sample],
         stream: IO[Any],
         metrics: dict[str, list[float]],
         report: ProgressCallback,
     ) -> None:
         """Append the scores of some rows to the stream and to `metrics`.
 
-        samples: id and references of each row. report: receives the number of responses that were
+        samples: of each row. report: receives the number of responses that were
         generated since the last call.
         """
         if len(samples) != len(rows):
@@ -261,14 +270,20 @@ class _ShardScorer:
             )
         # Generate a response to each prompt, and score the reference.
         responses, log_probs = self._run_model(rows, report)
-        ids = [sample_id for sample_id, _ in samples]
-        references = [texts for _, texts in samples]
-        rouge = rouge_l_many(responses, references, rouge_tokenizer=self.rouge_tokenizer).tolist()
-        self.shard_zeros += count_zeros(rouge, responses, references, self.rouge_tokenizer)
-        plugin_metrics = {
-            name: _metric_values(name, ids, responses, references, log_probs)
-            for name in self.config.metrics
-        }
+        ids = [sample.id for sample in samples]
+        references = [list(sample.references) for sample in samples]
+        scored = responses
+        if self.config.span == "answer":
+            scored = self._answers(rows, responses)
+            references = [
+                [answer_of(text, prompt_opens_thought=False)[0] for text in texts]
+                for texts in references
+            ]
+        rouge = rouge_l_many(scored, references, rouge_tokenizer=self.rouge_tokenizer).tolist()
+        self.shard_zeros += count_zeros(rouge, scored, references, self.rouge_tokenizer)
+        prompts = ["".join(m.content for m in s.messages_with_input[-2:-1]) for s in samples]
+        scored_samples = ScoredSamples(ids, prompts, scored, references, log_probs)
+        plugin_metrics = {name: metric_values(name, scored_samples) for name in self.config.metrics}
 
         # Write one record per sample.
         for i, sample_id in enumerate(ids):
@@ -286,6 +301,18 @@ class _ShardScorer:
                 record["metrics"] = {name: values[i] for name, values in plugin_metrics.items()}
             record["response"] = responses[i]
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _answers(self, rows: range, responses: list[str]) -> list[str]:
+        """The answers of responses, without their thoughts. Counts thoughts without an end."""
+        answers = []
+        for row, response in zip(rows, responses, strict=True):
+            opens = self._thoughts.prompt_opens(
+                self.split.tokens(row)[: int(self.split.prompt_tokens[row])]
+            )
+            answer, has_end = answer_of(response, prompt_opens_thought=opens)
+            self.unfinished_thoughts += not has_end
+            answers.append(answer)
+        return answers
 
     def _run_model(
         self, rows: range, report: ProgressCallback
@@ -315,12 +342,16 @@ class _ShardScorer:
         """Which tokens of a sample enter its cross-entropy: those that train, [total_tokens]."""
         mask = np.array(self.split.loss_mask(row))
         mask[0] = False  # no hidden state is before it
+        if self.config.span == "answer":
+            prompt_tokens = int(self.split.prompt_tokens[row])
+            start = self._thoughts.answer_start(self.split.tokens(row)[prompt_tokens:]) or 0
+            mask[prompt_tokens : prompt_tokens + start] = False
         if not self.config.count_eos:
             mask &= ~np.isin(self.split.tokens(row), self.generator.stop_token_ids)
         return mask
 
-    def _samples(self, rows: range) -> Iterator[tuple[str, list[str]]]:
-        """Id and references of each row. Raises ArtifactError if data/train's files disagree."""
+    def _samples(self, rows: range) -> Iterator[Sample]:
+        """The sample of each row. Raises ArtifactError if data/train's files disagree."""
         path = self.run.data / "train.jsonl"
         samples = itertools.islice(read_sample_file(path), rows.start, rows.stop)
         for row, sample in zip(rows, samples, strict=False):
@@ -329,7 +360,7 @@ class _ShardScorer:
                     f"{path} line {row + 1} and train.ids.npy name different samples: run `pocl "
                     "preprocess` again"
                 )
-            yield sample.id, list(sample.references)
+            yield sample
 
     def warn_about_ties(self) -> None:
         """Warn about a metric if so many values within shards tie that its ranks mean little."""
@@ -343,34 +374,3 @@ class _ShardScorer:
             )
             if message:
                 log.warning("score: %s", message)
-
-
-def _metric_values(
-    metric: str,
-    ids: list[str],
-    responses: list[str],
-    references: list[list[str]],
-    log_probs: list[NDArray[np.float32]],
-) -> list[float]:
-    """The values of a plugin's metric, one finite number for each sample.
-
-    Raises RecipeError if it returns something else, DataError if a number is not finite.
-    """
-    try:
-        values = [float(value) for value in METRICS[metric](responses, references, log_probs)]
-    except (TypeError, ValueError) as error:
-        raise RecipeError(
-            f"the metric {metric!r} gives no numbers ({error}): fix its function"
-        ) from error
-    if len(values) != len(ids):
-        raise RecipeError(
-            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: fix its "
-            "function"
-        )
-    for sample_id, value in zip(ids, values, strict=True):
-        if not math.isfinite(value):
-            raise DataError(
-                f"sample {sample_id} has {metric}={value}, which has no rank: fix the metric's "
-                "function"
-            )
-    return values

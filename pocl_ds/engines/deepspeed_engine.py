@@ -39,6 +39,7 @@ from pocl_ds.engines.protocol import WriteFiles
 from pocl_ds.engines.safe_unpickling import data_only, pickle_by_value
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.runtime import distributed
+from pocl_ds.runtime.job_roles import job_roles
 
 # Names of the subdirectories of a checkpoint, DeepSpeed's tags.
 CHECKPOINT_TAG, UNIVERSAL_TAG = "zero", "universal"
@@ -65,7 +66,7 @@ class DeepSpeedEngine:
         self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         self.frozen = frozen_names(module)
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: float, is_last: bool) -> None:
         """See `Engine`."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss_sum * (self.ranks / normalizer), scale_wrt_gas=False)
@@ -212,11 +213,17 @@ def start_deepspeed() -> None:
         if distributed.world_size() > 1:
             raise ResourceError("MASTER_PORT is not set: start ranks through launch/train.sh")
         os.environ["MASTER_PORT"] = "0"
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu else "nccl",
-        verbose=False,
-        timeout=distributed.set_process_group_timeout(),
-    )
+    backend, timeout = "gloo" if on_cpu else "nccl", distributed.set_process_group_timeout()
+    if roles := job_roles():
+        # DeepSpeed takes over a process group that exists.
+        dist.init_process_group(
+            backend,
+            store=roles.own_store,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            timeout=timeout,
+        )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     if on_cpu:
         _limit_gloo_to_single_threads()
 

@@ -23,7 +23,7 @@ class Engine(Protocol):
     module: nn.Module
     forward: Callable[..., Any]  # the module's forward
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: float, is_last: bool) -> None:
         """Accumulate the gradients of loss_sum / normalizer; `is_last` marks the last micro-batch
         of an optimizer step.
         """

@@ -45,7 +45,7 @@ class TorchEngine:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.frozen = frozen_names(module)
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: float, is_last: bool) -> None:
         """See `Engine`."""
         (loss_sum / normalizer).backward()
         if is_last and dist.is_initialized():

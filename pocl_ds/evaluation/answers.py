@@ -17,8 +17,10 @@ from typing import Any
 from pocl_ds.config import EvaluateConfig, PromptConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.metrics.text import distinct_n, repetition_rate
-from pocl_ds.workflow.manifest import Manifest, read_manifest
+from pocl_ds.workflow.manifest import Manifest, read_part
 from pocl_ds.workflow.run_dir import RunDirectory
+
+HELD_OUT_LOSS = "held_out_loss.json"  # beside the answers
 
 
 def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path:
@@ -27,15 +29,18 @@ def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Pa
 
 
 def answers_manifest(file: Path) -> Manifest | None:
-    """The manifest of a file of answers; None if they are unfinished."""
-    return read_manifest(file.parent, f"{file.name}.manifest.json")
+    """The manifest of a file of answers; None if they are unfinished or damaged."""
+    return read_part(file.parent, f"{file.name}.manifest.json")
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
-    """The records in a file of answers. Raises ArtifactError if it is missing or unfinished."""
-    if not file.is_file() or answers_manifest(file) is None:
+    """The records in a file of answers. Raises ArtifactError if it is missing, unfinished or
+    damaged.
+    """
+    if answers_manifest(file) is None:
         raise ArtifactError(
-            f"{file} is missing or unfinished: run `pocl evaluate --model {file.parent.name}` first"
+            f"{file} is missing, unfinished or damaged: run `pocl evaluate --model "
+            f"{file.parent.name}` first"
         )
     with file.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
@@ -55,6 +60,7 @@ def answer_settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, A
         "temperature": config.temperature,
         "top_p": config.top_p,
         "max_new_tokens": config.max_new_tokens,
+        "span": config.span,
         "backend": config.generation.backend,
         "dtype": config.generation.dtype,
     }
@@ -74,7 +80,8 @@ def summarize_answers(
     Returns:
         Values by name. distinct_1 and distinct_2 are computed over all answers of a seed, then
         averaged over seeds. answer_tokens is the mean length with EOS; tokens_per_second leaves
-        out everything but generation. sources: see `summarize_sources`.
+        out everything but generation. unfinished_thoughts: percentage of the answers that do not
+        end their thought, with `evaluate.span: answer` alone. sources: see `summarize_sources`.
     """
     rouge = [100 * statistics.fmean(r["rouge_l"] for r in records) for records in records_by_seed]
     exact = [
@@ -102,8 +109,19 @@ def summarize_answers(
         "cut_prompts": max(info["cut_prompts"] for info in infos),
         "answer_tokens": tokens / len(all_responses),
         "tokens_per_second": tokens / max(seconds, 1e-9),
+        **_unfinished_thoughts(records_by_seed),
         **summarize_sources(records_by_seed),
     }
+
+
+def _unfinished_thoughts(records_by_seed: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """The value of this name; empty if thoughts were not looked at."""
+    flags = [
+        record["unfinished_thought"]
+        for record in itertools.chain.from_iterable(records_by_seed)
+        if "unfinished_thought" in record
+    ]
+    return {"unfinished_thoughts": 100 * statistics.fmean(flags)} if flags else {}
 
 
 def summarize_sources(

@@ -25,7 +25,7 @@ from pocl_ds.metrics.bootstrap import Floats
 from pocl_ds.metrics.footnotes import merge_footnotes
 from pocl_ds.runtime.formatting import align_columns
 from pocl_ds.workflow.files import read_json
-from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.manifest import read_part
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -241,7 +241,7 @@ def _judge_settings(compared: ComparedModel, benchmark: str, seeds: Sequence[int
     settings = set()
     for seed in seeds:
         file = verdicts_file(compared.run, compared.model, benchmark, seed)
-        manifest = read_manifest(file.parent, f"{file.name}.manifest.json")
+        manifest = read_part(file.parent, f"{file.name}.manifest.json")
         if manifest is not None:
             settings.add(manifest.info["settings"])
     return sorted(settings)

@@ -70,6 +70,26 @@ def compare_scores(
     return _comparison(float(a.mean()), float(b.mean()), [a], [b], means)
 
 
+def compare_ratios(
+    a: Floats, b: Floats, sizes: Floats, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Comparison:
+    """Compare sums per size, such as the loss per token over all tokens: sum(b) / sum(sizes) minus
+    sum(a) / sum(sizes). Items are resampled together with their sizes.
+
+    Args:
+        a, b, sizes: [n] sums of each item under A and B, and its size, which is positive.
+
+    Raises:
+        ValueError: other shapes, fewer than two items, or a sum that is not finite.
+    """
+    _check_scores(a[:, None], b[:, None])
+    means, mean_sizes = (
+        resampled_means(values, resamples=resamples, seed=seed) for values in (b - a, sizes)
+    )
+    of_a, of_b = (values[:, None] / sizes.mean() for values in (a, b))
+    return _comparison(float(of_a.mean()), float(of_b.mean()), [of_a], [of_b], means / mean_sizes)
+
+
 def compare_benchmark_means(
     scores: Mapping[str, tuple[Floats, Floats]], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Comparison:

@@ -7,18 +7,24 @@ missing, and another model or seed adds to what exists. Loss and KL: see `held_o
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config import EvaluateConfig, PromptConfig, semantic_fields
+from pocl_ds.config import (
+    EvaluateConfig,
+    PromptConfig,
+    TeacherEndpointConfig,
+    semantic_fields,
+)
 from pocl_ds.data.conversation import Sample
 from pocl_ds.data.sample_tokenizer import SampleTokenizer, SpecialTokensInText
+from pocl_ds.evaluation.answer_writer import AnswerWriter
 from pocl_ds.evaluation.answers import (
+    HELD_OUT_LOSS,
     answer_settings,
     answers_file,
     answers_manifest,
@@ -33,29 +39,23 @@ from pocl_ds.evaluation.benchmarks import (
     external_benchmarks,
 )
 from pocl_ds.evaluation.evaluated_models import model_identity
-from pocl_ds.evaluation.held_out_loss import HELD_OUT_LOSS
-from pocl_ds.evaluation.judge import summarize_verdicts
+from pocl_ds.evaluation.judge import summarize_verdicts, verdicts_file
 from pocl_ds.evaluation.rouge_tokenizers import benchmark_rouge_tokenizers, tokenizer_footnote
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, SamplingParams
-from pocl_ds.metrics.rouge import rouge_l
+from pocl_ds.generation.endpoint_generator import EndpointGenerator
+from pocl_ds.generation.protocol import TextGenerator
 from pocl_ds.metrics.rouge_tokenizer import AUTO
-from pocl_ds.metrics.text import exact_match
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import embedding_rows, load_model_config, load_tokenizer
 from pocl_ds.models.token_checks import check_sequences
 from pocl_ds.runtime.progress import Progress
-from pocl_ds.workflow.files import atomic_write, read_json, write_json
-from pocl_ds.workflow.manifest import MANIFEST, fingerprint, read_manifest, write_manifest
+from pocl_ds.workflow.files import read_json, write_json
+from pocl_ds.workflow.manifest import MANIFEST, fingerprint, read_part, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
 RESULTS = "results.json"
-# Prompts per call of the engine, as a multiple of its concurrent sequences: enough to keep it busy,
-# few enough for answers to be written often.
-CALL_SIZE_FACTOR = 4
-
 BenchmarkSeed = tuple[str, int]
 
 
@@ -73,6 +73,7 @@ def generate_answers(
     threads: int | None = None,
     shard: tuple[int, int] = (0, 1),
     trust_remote_code: bool = False,
+    endpoint: TeacherEndpointConfig | None = None,
 ) -> None:
     """Generate and score one model's answers to every benchmark with every seed.
 
@@ -88,6 +89,7 @@ def generate_answers(
         shard: (I, N) for part I of N of all (benchmark, seed) pairs; parts have about as many
             answers.
         trust_remote_code: run Python code that comes with the model.
+        endpoint: servers that run the model, of which `path` has the tokenizer.
 
     Raises:
         RecipeError: a benchmark's name cannot be a file name.
@@ -108,7 +110,8 @@ def generate_answers(
             run, config, samples, rouge_tokenizer
         ).items()
     }
-    asked = [chat_template, sorted(end_of_turn_ids), special_tokens_in_text]
+    asked: list[Any] = [chat_template, sorted(end_of_turn_ids), special_tokens_in_text]
+    asked += [semantic_fields(endpoint), path] if endpoint else []
     fingerprints = _fingerprints(path, config, prompt, asked, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
@@ -120,22 +123,33 @@ def generate_answers(
         tokenizer, prompt, special_tokens_in_text=special_tokens_in_text
     )
     writers = {
-        name: _AnswerWriter(sample_tokenizer, config, settings[name], name, model, samples[name])
+        name: AnswerWriter(sample_tokenizer, config, settings[name], name, model, samples[name])
         for name in dict.fromkeys(name for name, _ in pending)
     }
     own_rows = {path: embedding_rows(load_model_config(path, trust_remote_code=trust_remote_code))}
     for name, writer in writers.items():
         check_sequences(writer.prompts, tokenizer, own_rows, f"a prompt of benchmark {name}")
-    generator = open_generator(
-        path,
-        config.generation,
-        tokenizer,
-        max_length=prompt.max_prompt_tokens + config.max_new_tokens,
-        threads=threads,
-        trust_remote_code=trust_remote_code,
-        alternative="evaluate.generation.backend=transformers",
-        end_of_turn_ids=end_of_turn_ids,
-    )
+    max_length = prompt.max_prompt_tokens + config.max_new_tokens
+    generator: TextGenerator
+    if endpoint:
+        generator = EndpointGenerator(
+            endpoint,
+            path,
+            tokenizer,
+            max_length=max_length,
+            saved="finished files of answers are saved",
+        )
+    else:
+        generator = open_generator(
+            path,
+            config.generation,
+            tokenizer,
+            max_length=max_length,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            alternative="evaluate.generation.backend=transformers",
+            end_of_turn_ids=end_of_turn_ids,
+        )
 
     # Write one file after the other.
     total = sum(len(samples[name]) for name, _ in pending)
@@ -178,14 +192,14 @@ def summarize_results(
         The results.
 
     Raises:
-        ArtifactError: answers of a model are missing or unfinished.
+        ArtifactError: answers of a model are missing, unfinished or damaged.
     """
     losses: dict[str, Any] = {}
     seconds = 0.0
-    if config.held_out_loss and (run.evaluation / HELD_OUT_LOSS).is_file():
+    manifest = read_part(run.evaluation, f"{HELD_OUT_LOSS}.manifest.json")
+    if config.held_out_loss and manifest is not None:
         losses = read_json(run.evaluation / HELD_OUT_LOSS)
-        manifest = read_manifest(run.evaluation, f"{HELD_OUT_LOSS}.manifest.json")
-        seconds = manifest.info["seconds"] if manifest else 0.0
+        seconds = manifest.info["seconds"]
 
     # Collect the numbers of each model.
     seen_counts = count_seen_in_training(run, external_benchmarks(run, config))
@@ -210,10 +224,20 @@ def summarize_results(
             run.evaluation,
             "evaluate",
             fingerprint,
-            files=[run.evaluation / RESULTS],
+            files=[run.evaluation / RESULTS, *_parts(run, config, models)],
             info={"seconds": seconds},
         )
     return results
+
+
+def _parts(run: RunDirectory, config: EvaluateConfig, models: Sequence[str]) -> list[Path]:
+    """The files from which the results are summarized. The step is unfinished without them."""
+    parts = [run.evaluation / HELD_OUT_LOSS] if config.held_out_loss else []
+    for model, benchmark, seed in itertools.product(models, config.benchmarks, config.seeds):
+        parts.append(answers_file(run, model, benchmark, seed))
+        if config.judge:
+            parts.append(verdicts_file(run, model, benchmark, seed))
+    return [path for path in parts if path.is_file()]
 
 
 def _model_results(
@@ -224,7 +248,7 @@ def _model_results(
     seen_counts: Mapping[str, int],
 ) -> tuple[dict[str, Any], float]:
     """One model's entry in results.json, and the seconds that its answers took."""
-    entry = {key: value for key, value in losses.items() if key != "benchmarks"}
+    entry = {key: losses[key] for key in ("loss", "tokens", "kl") if key in losses}
     test_losses, seconds = dict(entry), 0.0
     entry["benchmarks"] = {}
     for name, benchmark in config.benchmarks.items():
@@ -254,6 +278,13 @@ def _footnotes(entries: Sequence[dict[str, Any]]) -> list[str]:
         footnotes.append(f"{counts} of {items} prompts cut by prompt.max_prompt_tokens")
     if seen_count := entries[0].get("seen_in_training"):
         footnotes.append(f"{seen_count} of {items} items seen in training")
+    if "unfinished_thoughts" in entries[0]:
+        shares = [entry.get("unfinished_thoughts", 0.0) for entry in entries]
+        text = "answers after the thoughts alone are compared"
+        if max(shares) > 0:
+            percent = " to ".join(f"{share:.1f}%" for share in sorted({min(shares), max(shares)}))
+            text += f"; {percent} of a model's responses never end their thought and have none"
+        footnotes.append(text)
     if footnote := tokenizer_footnote(entries[0]["rouge_tokenizer"]):
         footnotes.append(footnote)
     return footnotes
@@ -286,108 +317,5 @@ def _fingerprints(
 
 
 def _is_finished(run: RunDirectory, model: str, pair: BenchmarkSeed, expected: str) -> bool:
-    file = answers_file(run, model, *pair)
-    manifest = answers_manifest(file)
-    return manifest is not None and manifest.fingerprint == expected and file.is_file()
-
-
-class _AnswerWriter:
-    """Writes one model's answers to one benchmark."""
-
-    def __init__(
-        self,
-        tokenizer: SampleTokenizer,
-        config: EvaluateConfig,
-        settings: Mapping[str, Any],
-        benchmark: str,
-        model: str,
-        samples: Sequence[Sample],
-    ) -> None:
-        self.config, self.settings = config, settings
-        self.benchmark, self.samples = benchmark, samples
-        self.prompt_texts = [tokenizer.render_prompt(sample) for sample in samples]
-        self.prompts, self.cut_prompts = tokenizer.tokenize_prompts(samples)
-        if self.cut_prompts:
-            log.warning(
-                "benchmark %s, %s: %d of %d prompts are longer than prompt.max_prompt_tokens=%d, "
-                "and lost earlier turns or parts of their texts: raise it",
-                benchmark,
-                model,
-                self.cut_prompts,
-                len(samples),
-                tokenizer.config.max_prompt_tokens,
-            )
-
-    def write(
-        self,
-        file: Path,
-        generator: Generator,
-        seed: int,
-        expected_fingerprint: str,
-        advance: Callable[..., None],
-    ) -> None:
-        """Generate and score the answers with one seed, and write them with their manifest.
-
-        advance: called with the number of newly finished answers.
-        """
-        start, tokens_before, generation_seconds = time.monotonic(), generator.processed_tokens, 0.0
-        call_size = CALL_SIZE_FACTOR * self.config.generation.max_num_seqs
-        with atomic_write(file) as stream:
-            for first_index in range(0, len(self.samples), call_size):
-                part = slice(first_index, first_index + call_size)
-                sampling = SamplingParams(
-                    self.config.temperature,
-                    self.config.top_p,
-                    self.config.max_new_tokens,
-                    seed=seed,
-                    first_index=first_index,
-                )
-                call_start = time.monotonic()
-                responses = generator.generate(
-                    self.prompts[part], sampling, lambda finished: advance(finished, seed=seed)
-                )
-                generation_seconds += time.monotonic() - call_start
-                for sample, prompt_text, response in zip(
-                    self.samples[part], self.prompt_texts[part], responses, strict=True
-                ):
-                    record = _answer_record(
-                        sample, prompt_text, response, self.settings["rouge_tokenizer"]
-                    )
-                    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        seconds, tokens = time.monotonic() - start, generator.processed_tokens - tokens_before
-        info = {
-            "benchmark": self.benchmark,
-            "seed": seed,
-            "settings": self.settings,
-            "cut_prompts": self.cut_prompts,
-            "seconds": seconds,
-            "answers_per_second": len(self.samples) / seconds,
-            "tokens": tokens,
-            "generation_seconds": generation_seconds,
-            "tokens_per_second": tokens / max(generation_seconds, 1e-9),
-        }
-        write_manifest(
-            file.parent,
-            "answers",
-            expected_fingerprint,
-            files=[file],
-            name=f"{file.name}.manifest.json",
-            info=info,
-        )
-
-
-def _answer_record(
-    sample: Sample, prompt_text: str, response: str, rouge_tokenizer: str
-) -> dict[str, Any]:
-    """An item's line in a file of answers. Scores are between 0 and 1."""
-    return {
-        "id": sample.id,
-        **({"source": sample.source} if sample.source else {}),
-        "prompt": prompt_text,
-        "instruction": sample.instruction,
-        "input": sample.input,
-        "response": response,
-        "references": sample.references,
-        "rouge_l": rouge_l(response, sample.references, rouge_tokenizer=rouge_tokenizer),
-        "exact_match": exact_match(response, sample.references),
-    }
+    manifest = answers_manifest(answers_file(run, model, *pair))
+    return manifest is not None and manifest.fingerprint == expected

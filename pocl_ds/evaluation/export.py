@@ -19,11 +19,12 @@ from pocl_ds.config import ExportConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation.model_card import model_card
 from pocl_ds.models.quiet import quiet
-from pocl_ds.workflow.files import atomic_directory, write_json
+from pocl_ds.workflow.files import MARK, atomic_directory, remove_partial_directories, write_json
 from pocl_ds.workflow.manifest import (
     MANIFEST,
+    VERIFIED,
     Manifest,
-    damaged_files,
+    changed_files,
     read_manifest,
     write_manifest,
 )
@@ -65,13 +66,9 @@ def export(
             a weight differs from the trainer's (the message names it), or `out` holds files that
             are not an export.
     """
-    target = (out or run.export).expanduser().resolve()
+    target = (out or run.export).expanduser().absolute()
     existing = _earlier_export(target)
-    if (
-        existing
-        and existing.fingerprint == fingerprint
-        and not damaged_files(target, existing, checksums=False)
-    ):
+    if existing and existing.fingerprint == fingerprint and not changed_files(target, existing):
         log.info("the export is up to date: %s", target)
         return target
     start = time.monotonic()
@@ -79,6 +76,7 @@ def export(
     _check_source(run, source)
     if config is not None and config.dtype == "float32":
         _check_master_weights(run, source)
+    remove_partial_directories(target)
     with atomic_directory(target) as folder:
         _copy(source, folder)
         check_weights(source, folder)
@@ -153,7 +151,11 @@ def _earlier_export(target: Path) -> Manifest | None:
         return None
     if not target.is_dir():
         raise ArtifactError(f"{target} is a file: name a new folder with --out")
-    present = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
+    present = {
+        str(path.relative_to(target))
+        for path in target.rglob("*")
+        if not path.is_dir() and path.name != MARK and path.suffix != VERIFIED
+    }
     if not present:
         return None
     message = f"{target} exists and is not an export of pocl_ds: name a new folder with --out"
@@ -177,7 +179,7 @@ def _check_source(run: RunDirectory, source: Path) -> None:
     manifest = read_manifest(run.train)
     if manifest is None or not (source / "config.json").is_file():
         raise ArtifactError(f"{source} is missing or unfinished: finish `pocl train` first")
-    faults = damaged_files(run.train, manifest)
+    faults = changed_files(run.train, manifest)
     if faults:
         raise ArtifactError(
             f"the trained model changed after it was saved ({faults[0]}): restore {run.train} or "

@@ -28,6 +28,7 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.data.conversation import Sample
 from pocl_ds.data.sample_tokenizer import SpecialTokensInText
 from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.evaluation.answers import HELD_OUT_LOSS
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT, external_benchmarks
 from pocl_ds.evaluation.evaluated_models import TEACHER, ModelLoader, model_identity
 from pocl_ds.evaluation.held_out_data import HeldOutReader, HeldOutSet
@@ -45,12 +46,12 @@ from pocl_ds.runtime.distributed import device
 from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import explain_disk_errors, write_json
-from pocl_ds.workflow.manifest import damaged_files, fingerprint, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import fingerprint, read_part, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-HELD_OUT_LOSS, TEMPORARY_PREFIX = "held_out_loss.json", ".references-"
+TEMPORARY_PREFIX = ".references-"
 # Bytes of one chunk, and how many float32 rows of v numbers it holds at once: logits and
 # log-probabilities of both models, the teacher's probabilities, and products.
 CHUNK_BYTES, FLOAT32_ROWS = 256 << 20, 8
@@ -69,10 +70,11 @@ def measure_held_out_loss(
     trusted: Collection[str] = (),
 ) -> None:
     """Write evaluation/held_out_loss.json: {model: {"loss", "tokens", "kl", "benchmarks":
-    {benchmark: {"loss", "tokens", "kl"}}}}.
+    {benchmark: {"loss", "tokens", "kl"}}, "samples": {"ids", "tokens", "loss", "kl"}}}.
 
     Loss and KL are in nats per loss token at temperature 1, over the ids that teacher and students
-    share. The outer ones are those of data/test, and missing if it is empty. Benchmarks count every
+    share. The outer ones are those of data/test, and missing if it is empty; `samples` are its
+    samples with the sums over the tokens of each. Benchmarks count every
     reference. There is no KL without a teacher; a teacher with another tokenizer is left out. A
     finished result is reused.
 
@@ -100,9 +102,8 @@ def measure_held_out_loss(
     texts = teacher_template, special_tokens_in_text
     expected = _fingerprint(config, prompt, texts, paths, test_split, benchmarks)
     manifest_name = f"{HELD_OUT_LOSS}.manifest.json"
-    manifest = read_manifest(run.evaluation, manifest_name)
-    is_current = manifest is not None and manifest.fingerprint == expected
-    if manifest and is_current and not damaged_files(run.evaluation, manifest):
+    manifest = read_part(run.evaluation, manifest_name)
+    if manifest is not None and manifest.fingerprint == expected:
         log.info("the held-out loss is up to date")
         return
 
@@ -124,7 +125,7 @@ def measure_held_out_loss(
     )
 
 
-def token_sums(
+def token_losses(
     hidden: Tensor,
     head: OutputHead,
     labels: Tensor,
@@ -133,10 +134,10 @@ def token_sums(
     teacher: OutputHead | None = None,
     *,
     is_teacher: bool = False,
-) -> tuple[float, float]:
-    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats.
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and KL(teacher || model) of each of n tokens, in nats: [n] float64 on the CPU.
 
-    The temperature is 1. Log-probabilities are float32, sums over tokens float64.
+    The temperature is 1. Log-probabilities are float32.
 
     Args:
         hidden: [n, d] hidden states of the model.
@@ -145,16 +146,16 @@ def token_sums(
         is_teacher: `hidden` and `head` are the teacher's own.
     """
     logits = ids.teacher_logits if is_teacher else ids.student_logits
-    loss = divergence = 0.0
+    loss, divergence = (torch.zeros(len(labels), dtype=torch.float64) for _ in range(2))
     rows = max(1, CHUNK_BYTES // (4 * FLOAT32_ROWS * ids.size))
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         log_q = log_probabilities(logits(head, hidden[part]), 1.0, torch.float32)
-        loss -= float(log_q.gather(-1, labels[part, None]).double().sum())
+        loss[part] = -log_q.gather(-1, labels[part, None])[:, 0].double().cpu()
         if teacher is not None and teacher_hidden is not None:
             teacher_logits = ids.teacher_logits(teacher, teacher_hidden[part])
             log_p = log_probabilities(teacher_logits, 1.0, torch.float32)
-            divergence += float(fkl(log_p, log_q).double().sum())
+            divergence[part] = fkl(log_p, log_q).double().cpu()
     return loss, divergence
 
 
@@ -191,6 +192,7 @@ def _fingerprint(
     rows = select_by_hash(test_split.ids, config.max_samples)
     return fingerprint(
         [
+            "sums of each sample",
             {model: model_identity(path) for model, path in paths.items()},
             resolve_dtype(config.generation.dtype),
             semantic_fields(prompt),
@@ -265,12 +267,14 @@ def _measure_model(
     """A model's entry in held_out_loss.json. model: None for the teacher."""
     entry: dict[str, Any] = {"benchmarks": {}}
     for held_out, states in zip(sets, teacher_states, strict=True):
-        loss, divergence = _measure_set(name, model, teacher, states, held_out, ids)
-        numbers: dict[str, Any] = {"loss": loss, "tokens": held_out.loss_tokens}
+        sums = _measure_set(name, model, teacher, states, held_out, ids)
+        tokens, loss, divergence = (sum(values) for values in sums.values())
+        numbers: dict[str, Any] = {"loss": loss / tokens, "tokens": tokens}
         if teacher is not None:
-            numbers["kl"] = divergence
+            numbers["kl"] = divergence / tokens
         if held_out.benchmark is None:
-            entry |= numbers
+            sample_ids = [bytes(held_out.split.ids[row]).decode() for row in held_out.rows]
+            entry |= {**numbers, "samples": {"ids": sample_ids, **sums}}
         else:
             entry["benchmarks"][held_out.benchmark] = numbers
     return entry
@@ -319,32 +323,38 @@ def _measure_set(
     teacher_states: Tensor | None,
     held_out: HeldOutSet,
     ids: VocabMap,
-) -> tuple[float, float]:
-    """Loss and KL per token. model: None for the teacher, whose hidden states exist already."""
+) -> dict[str, list[Any]]:
+    """Loss tokens of each row, and the sums of loss and KL over them: `tokens`, `loss`, `kl`.
+
+    model: None for the teacher, whose hidden states exist already.
+    """
     is_teacher = model is None
     head = teacher if is_teacher else _head(model)
     assert head is not None
-    loss = divergence = 0.0
-    tokens = 0
+    places = {int(row): place for place, row in enumerate(held_out.rows)}
+    sums = torch.zeros(3, len(places), dtype=torch.float64)  # tokens, loss, KL
+    done = 0
     with Progress(
         len(held_out.rows), "samples", f"{held_out.label}, {name}", silent=is_teacher
     ) as progress:
         for batch in held_out:
-            count = len(batch.labels)
             stored = None
             if teacher_states is not None:
-                stored = teacher_states[tokens : tokens + count].to(device())
+                stored = teacher_states[done : done + len(batch.labels)].to(device())
             if is_teacher and stored is not None:
-                batch_loss, batch_kl = token_sums(stored, head, batch.labels, ids, is_teacher=True)
+                losses = token_losses(stored, head, batch.labels, ids, is_teacher=True)
             else:
                 hidden = _loss_states(model, batch)
-                batch_loss, batch_kl = token_sums(hidden, head, batch.labels, ids, stored, teacher)
-            loss, divergence, tokens = loss + batch_loss, divergence + batch_kl, tokens + count
-            progress.advance(len(batch.rows), loss=loss / tokens)
-    loss, divergence = loss / tokens, divergence / tokens
+                losses = token_losses(hidden, head, batch.labels, ids, stored, teacher)
+            batch_places = torch.tensor([places[row] for row in batch.rows])
+            of_token = batch_places[batch.sample_of_token.cpu()]
+            sums.index_add_(1, of_token, torch.stack([torch.ones_like(losses[0]), *losses]))
+            done += len(batch.labels)
+            progress.advance(len(batch.rows), loss=float(sums[1].sum()) / done)
+    _, loss, divergence = (sums.sum(1) / done).tolist()
     kl = "" if teacher is None or is_teacher else f" kl_to_teacher={divergence:.4f}"
     log.info("%s, %s: loss=%.4f%s (nats per token)", held_out.label, name, loss, kl)
-    return loss, divergence
+    return {"tokens": sums[0].int().tolist(), "loss": sums[1].tolist(), "kl": sums[2].tolist()}
 
 
 def _loss_states(model: Any, batch: Batch) -> Tensor:

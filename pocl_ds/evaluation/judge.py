@@ -8,6 +8,7 @@ opponent, averaged over both orders. A verdict without a score is counted and le
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -22,13 +23,15 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pocl_ds.config import EvaluateConfig, JudgeConfig
+from pocl_ds.data.template_limits import TemplateCostError, exceeded_limit, limited_rendering
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluation.answers import answers_file, read_answers
-from pocl_ds.evaluation.endpoint import JudgeEndpoint, RejectedQuestionError
+from pocl_ds.evaluation.endpoint import JudgeEndpoint
 from pocl_ds.runtime.hashing import select_by_hash
+from pocl_ds.runtime.json_endpoint import RejectedRequestError
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors
-from pocl_ds.workflow.manifest import fingerprint, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import fingerprint, read_part, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -149,10 +152,11 @@ def summarize_verdicts(
 
 
 def read_verdicts(file: Path) -> list[dict[str, Any]]:
-    """The verdicts in a file. Raises ArtifactError if it is missing or unfinished."""
-    if not file.is_file() or read_manifest(file.parent, f"{file.name}.manifest.json") is None:
+    """The verdicts in a file. Raises ArtifactError if it is missing, unfinished or damaged."""
+    if read_part(file.parent, f"{file.name}.manifest.json") is None:
         raise ArtifactError(
-            f"{file} is missing or unfinished: run `pocl evaluate` with evaluate.judge first"
+            f"{file} is missing, unfinished or damaged: run `pocl evaluate` with evaluate.judge "
+            "first"
         )
     with file.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
@@ -160,6 +164,18 @@ def read_verdicts(file: Path) -> list[dict[str, Any]]:
 
 def _is_judged(config: JudgeConfig, model: str) -> bool:
     return config.mode == "score" or model != config.opponent
+
+
+def _check_limits(environment: jinja2.Environment, template: str, file: str) -> None:
+    """Raise RecipeError for a template that takes too long or too much memory for one short item:
+    already its compilation computes with constants.
+    """
+    item = dict.fromkeys(("question", "reference", "answer", "first", "second"), "short")
+    if limit := exceeded_limit(lambda: environment.from_string(template).render(**item)):
+        raise RecipeError(
+            f"evaluate.judge.prompt_template {file} takes more than {limit} for one short item: "
+            "make its loops and texts smaller"
+        )
 
 
 class _Judge:
@@ -173,8 +189,11 @@ class _Judge:
                 path = Path(os.path.expanduser(config.prompt_template))
                 template = path.read_text(encoding="utf-8")
             environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-            self.template = environment.from_string(template)
-        except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+            if config.prompt_template is not None:
+                _check_limits(environment, template, config.prompt_template)
+            with limited_rendering():
+                self.template = environment.from_string(template)
+        except (OSError, UnicodeDecodeError, jinja2.TemplateError, TemplateCostError) as error:
             raise RecipeError(
                 f"evaluate.judge.prompt_template {config.prompt_template} is not a valid template "
                 f"({error}): fix it"
@@ -199,8 +218,8 @@ class _Judge:
         keys = {item: fingerprint([self.digest, texts]) for item, texts in questions.items()}
         file = verdicts_file(run, model, benchmark, seed)
         file_fingerprint, manifest_name = fingerprint(keys), f"{file.name}.manifest.json"
-        manifest = read_manifest(file.parent, manifest_name)
-        if manifest and manifest.fingerprint == file_fingerprint and file.is_file():
+        manifest = read_part(file.parent, manifest_name)
+        if manifest and manifest.fingerprint == file_fingerprint:
             return
         # Ask the judge; verdicts of an interrupted run are in the partial file.
         partial = file.with_name(f"{file.name}.partial")
@@ -260,13 +279,19 @@ class _Judge:
         question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
         fields = {"question": question, "reference": "\n[or]\n".join(record["references"])}
         try:
-            if opponent is None:
-                return [self.template.render(**fields, answer=record["response"])]
-            responses = record["response"], opponent["response"]
-            return [
-                self.template.render(**fields, first=first, second=second)
-                for first, second in (responses, responses[::-1])
-            ]
+            with limited_rendering():
+                if opponent is None:
+                    return [self.template.render(**fields, answer=record["response"])]
+                responses = record["response"], opponent["response"]
+                return [
+                    self.template.render(**fields, first=first, second=second)
+                    for first, second in (responses, responses[::-1])
+                ]
+        except TemplateCostError as error:
+            raise RecipeError(
+                f"evaluate.judge.prompt_template {self.config.prompt_template} {error} for the "
+                f"item {record['instruction'][:40]!r}: make its loops and texts smaller"
+            ) from None
         except jinja2.TemplateError as error:
             raise RecipeError(
                 f"evaluate.judge.prompt_template {self.config.prompt_template} cannot be filled in "
@@ -295,7 +320,7 @@ class _Judge:
             def ask(item: str) -> None:
                 try:
                     verdict = _verdict(endpoint, questions[item])
-                except RejectedQuestionError as error:  # a content filter, or too long an answer
+                except RejectedRequestError as error:  # a content filter, or too long an answer
                     with lock:
                         rejected[item] = {"score": None, "replies": [str(error)]}
                         progress.advance()
@@ -310,7 +335,8 @@ class _Judge:
                     stream.flush()
                     progress.advance()
 
-            _run_concurrently(ask, remaining, self.config.max_concurrency)
+            with contextlib.closing(endpoint):
+                _run_concurrently(ask, remaining, self.config.max_concurrency)
         if rejected:
             log.warning(
                 "%s: the endpoint rejected %d questions, which are left out; the first: %s",

@@ -13,6 +13,7 @@ from typing import Any
 from pocl_ds.config.registry import FILE_STRATEGY
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.evaluation.tables import markdown_table
+from pocl_ds.runtime.formatting import code_block, inline_code
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import package_versions, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -48,13 +49,11 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-Prompts follow the template `{prompt_template}` and have at most {max_prompt_tokens} tokens.
+Prompts follow the template {prompt_template} and have at most {max_prompt_tokens} tokens.
 
 ## Recipe
 
-```yaml
 {recipe}
-```
 
 ## Versions
 
@@ -93,9 +92,9 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
         results=_results(run),
         training=_training(run, recipe, plan),
         data=_data(run, recipe),
-        prompt_template=recipe["prompt"]["template"],
+        prompt_template=inline_code(recipe["prompt"]["template"]),
         max_prompt_tokens=recipe["prompt"]["max_prompt_tokens"],
-        recipe=dump_yaml(recipe).rstrip(),
+        recipe=code_block(dump_yaml(recipe), "yaml"),
         versions=_versions(run),
     )
 
@@ -114,7 +113,7 @@ def remove_local_paths(value: Any) -> Any:
 def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     """What the student was made from, and by which method, in one sentence."""
     student, policy, ranking = recipe["student"], recipe["policy"], recipe["ranking"]
-    text = f"made from `{student['model']}`"
+    text = f"made from {inline_code(student['model'])}"
     if student.get("prune"):
         text += f" without its layers {student['prune']['drop_layers']}"
     has_curriculum = len(plan["stages"]) > 1
@@ -147,16 +146,19 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
 def _teachers(teacher: dict[str, Any]) -> str:
     ensemble = teacher.get("ensemble") or []
     routes = {
-        f"{kind} {key}": source["model"]
+        f"{kind} {inline_code(key)}": source["model"]
         for kind, field in (("stage", "by_stage"), ("domain", "by_domain"))
         for key, source in (teacher.get(field) or {}).items()
     }
     if routes:
-        listed = ", ".join(f"`{model}` for {key}" for key, model in routes.items())
-        return f"teachers {listed} and `{teacher['model']}` for the rest"
+        listed = ", ".join(f"{inline_code(model)} for {key}" for key, model in routes.items())
+        return f"teachers {listed} and {inline_code(teacher['model'])} for the rest"
     if not ensemble:
-        return f"teacher `{teacher['model']}`"
-    members = [f"`{entry['model']}` (weight {entry['weight']:g})" for entry in (teacher, *ensemble)]
+        return f"teacher {inline_code(teacher['model'])}"
+    members = [
+        f"{inline_code(entry['model'])} (weight {entry['weight']:g})"
+        for entry in (teacher, *ensemble)
+    ]
     return f"teachers {', '.join(members[:-1])} and {members[-1]}"
 
 
@@ -194,7 +196,9 @@ def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -
         lines.append(f"- healed by {steps} steps of plain KD before scoring")
     if manifest is not None and "seconds" in manifest.info:
         seconds, ranks = manifest.info["seconds"], manifest.info.get("ranks", 1)
-        lines.append(f"- trained in {seconds:.0f} s on {ranks} ranks")
+        own = manifest.info.get("teacher_ranks")
+        teacher = f", and the teacher on {own} of its own" if own else ""
+        lines.append(f"- trained in {seconds:.0f} s on {ranks} ranks{teacher}")
     return "\n".join([*lines, "", *_stage_table(plan, with_schedules=loss["name"] != "sft")])
 
 
@@ -228,8 +232,8 @@ def _data(run: RunDirectory, recipe: dict[str, Any]) -> str:
     splits = manifest.info.get("splits", {})
     counts = ", ".join(f"{split} {tree['samples']}" for split, tree in splits.items())
     return (
-        f"Source `{recipe['data']['source']}` (samples: {counts}); fingerprint of data and "
-        f"preprocessing `{manifest.fingerprint}`."
+        f"Source {inline_code(recipe['data']['source'])} (samples: {counts}); fingerprint of data "
+        f"and preprocessing `{manifest.fingerprint}`."
     )
 
 

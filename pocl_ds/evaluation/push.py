@@ -8,6 +8,7 @@ from typing import Any
 
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.evaluation.export import STEP_NAME
+from pocl_ds.runtime.formatting import format_size
 from pocl_ds.workflow.manifest import MANIFEST, Manifest, damaged_files, read_manifest
 
 # The Hub's rule for names: letters, digits, `-`, `_` and `.`; neither `-` nor `.` at an edge, no
@@ -43,13 +44,13 @@ def push(folder: Path, repository: str, *, private: bool, dry_run: bool) -> str:
     sizes = {name: int(manifest.files[name]["bytes"]) for name in names}
     if dry_run:
         width = max(map(len, names))
-        lines = [f"{name:<{width}}  {_size(sizes[name]):>10}" for name in names]
+        lines = [f"{name:<{width}}  {format_size(sizes[name]):>10}" for name in names]
         kind = "private" if private else "public"
         return "\n".join(
             [
                 f"would upload to {repository} on the Hub ({kind} if it is new), from {folder}:",
                 *lines,
-                f"{len(names)} files, {_size(sum(sizes.values()))}",
+                f"{len(names)} files, {format_size(sum(sizes.values()))}",
             ]
         )
     return f"student  {_upload(folder, repository, names, private=private)}"
@@ -106,12 +107,3 @@ def _upload(folder: Path, repository: str, names: list[str], *, private: bool) -
             "and whether the token may write there"
         ) from None
     return f"https://huggingface.co/{repository}"
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

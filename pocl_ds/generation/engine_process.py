@@ -19,6 +19,8 @@ from typing import Any
 
 from pocl_ds.errors import PoclError, ResourceError
 from pocl_ds.resources import module_command
+from pocl_ds.runtime.parent_death import bound_command
+from pocl_ds.runtime.visible_gpus import gpu_variables
 
 # Environment variables that make a process a rank of a group, or part of a workflow step: the child
 # is neither.
@@ -45,7 +47,7 @@ class EngineProcess:
 
     def __init__(self, module: str, *, threads: int, device: str | None) -> None:
         """Start the child, `python -m MODULE FD`. threads: of the CPU. device: the GPUs that it may
-        use, as in CUDA_VISIBLE_DEVICES; None: those of this process.
+        use, as `visible_devices` names them; None: those of this process.
         """
         # The child's environment: not a rank, its own GPUs and number of threads.
         environment = {
@@ -53,14 +55,14 @@ class EngineProcess:
         }
         environment["OMP_NUM_THREADS"] = str(threads)
         if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
+            environment |= gpu_variables(device)
 
         # Start the child with one end of the socket pair.
         parent_socket, child_socket = socket.socketpair()
         descriptor = child_socket.fileno()
         with child_socket:
             self.process = subprocess.Popen(
-                [*module_command(module), str(descriptor)],
+                bound_command([*module_command(module), str(descriptor)]),
                 pass_fds=(descriptor,),
                 env=environment,
                 start_new_session=True,

@@ -44,12 +44,11 @@ class SamplingParams:
         return int(splitmix64(states)[0]) >> 1  # fits a signed 64-bit integer
 
 
-class Generator(Protocol):
-    """One loaded model. Prompts are token ids; a backend adds nothing to them (no BOS)."""
+class TextGenerator(Protocol):
+    """One model that answers prompts: token ids, to which a backend adds nothing (no BOS)."""
 
     processed_tokens: int  # tokens generated and scored so far
     stop_token_ids: list[int]  # ids that end a response
-    sleep_level: int  # what `sleep` does, see `VllmGenerator`; 0: nothing
 
     def generate(
         self,
@@ -70,6 +69,16 @@ class Generator(Protocol):
     ) -> list[list[int]]:
         """Like `generate`, but return token ids, with the stop id that ended a response."""
         ...
+
+    def close(self) -> None:
+        """Free the model and everything that the backend started."""
+        ...
+
+
+class Generator(TextGenerator, Protocol):
+    """A model that is loaded here, which also scores sequences and takes new weights."""
+
+    sleep_level: int  # what `sleep` does, see `VllmGenerator`; 0: nothing
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the model's weights, which are read one after the other. Names are those of the
@@ -92,10 +101,6 @@ class Generator(Protocol):
 
     def sleep(self) -> None:
         """Free GPU memory until the next call, if the backend can."""
-        ...
-
-    def close(self) -> None:
-        """Free the model and everything that the backend started."""
         ...
 
 

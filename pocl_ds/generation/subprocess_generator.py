@@ -35,6 +35,7 @@ from pocl_ds.generation.weight_buckets import (
     pack_buckets,
     unpack_buckets,
 )
+from pocl_ds.runtime.formatting import format_size
 
 SHARED_MEMORY = Path("/dev/shm")
 FILE_OVERHEAD = 1 << 20  # bytes of a weights file besides its tensors
@@ -177,7 +178,7 @@ def _weights_directory(size: int) -> Path:
 
 def _no_space(size: int) -> ResourceError:
     return ResourceError(
-        f"neither {SHARED_MEMORY} nor {tempfile.gettempdir()} has {size / 1e9:.1f} GB free for the "
+        f"neither {SHARED_MEMORY} nor {tempfile.gettempdir()} has {format_size(size)} free for the "
         f"student's weights on their way to the rollout process: free some space, set TMPDIR to a "
         f"larger directory, or set {ALTERNATIVE}"
     )

@@ -8,9 +8,11 @@ student's tokens: the two models need not share a vocabulary.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from pocl_ds.config import (
@@ -23,12 +25,15 @@ from pocl_ds.config import (
 from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.sample_tokenizer import SampleTokenizer, SpecialTokensInText
 from pocl_ds.data.split_writer import write_tokenized_split
-from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response
-from pocl_ds.models.load import load_teacher_tokenizer, load_tokenizer, resolve_model
-from pocl_ds.models.token_checks import check_sequences, read_embedding_rows
+from pocl_ds.generation.protocol import SamplingParams
+from pocl_ds.generation.responders import Responder, open_responder
+from pocl_ds.models.load import load_tokenizer, resolve_model
 from pocl_ds.runtime.progress import Progress
-from pocl_ds.workflow.files import atomic_directory
+from pocl_ds.workflow.files import (
+    atomic_directory,
+    explain_disk_errors,
+    remove_partial_directories,
+)
 from pocl_ds.workflow.manifest import finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -54,50 +59,49 @@ def generate_teacher_responses(
 ) -> None:
     """Write teacher_responses/, whose split `train` has the rows of data/train.
 
-    template: whose chat template asks the teacher. generation: the engine's settings, those of
-    scoring. Does nothing if the step is finished.
+    Responses are saved when they arrive, and an interrupted step continues with the samples that
+    have none. template: whose chat template asks the teacher. generation: the engine's settings,
+    those of scoring. Does nothing if the step is finished.
     """
     if finished_manifest(run.teacher_responses, fingerprint):
         return
-
-    # Load both tokenizers. Overlong samples are cut, never dropped, so that the rows stay the same.
-    start, path, student_path = time.monotonic(), resolve_model(teacher), resolve_model(student)
+    start, student_path = time.monotonic(), resolve_model(student)
     student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
-    teacher_tokenizer = load_teacher_tokenizer(path, teacher, student_tokenizer, template)
-
-    # Generate the responses, and tokenize them for the student.
-    rows = read_embedding_rows([(teacher, path)])
-    generator = open_generator(
-        path,
-        generation.model_copy(update={"dtype": teacher.dtype}),
-        teacher_tokenizer,
+    responder = open_responder(
+        teacher,
+        student_tokenizer,
+        prompt,
+        template=template,
+        special_tokens_in_text=special_tokens_in_text,
+        max_new_tokens=policy.max_new_tokens,
+        generation=generation,
         threads=threads,
-        max_length=prompt.max_prompt_tokens + policy.max_new_tokens,
-        trust_remote_code=teacher.trust_remote_code,
-        revision=teacher.revision,
-        alternative="score.generation.backend=transformers",
+        saved="the responses so far are saved",
     )
-    tokenizer = SampleTokenizer(
-        teacher_tokenizer, prompt, special_tokens_in_text=special_tokens_in_text, keep_all=True
+
+    # Generate the responses, and tokenize them for the student. Overlong samples are cut, never
+    # left out, so that the rows stay the same.
+    student_samples = SampleTokenizer(
+        student_tokenizer, prompt, special_tokens_in_text=special_tokens_in_text, keep_all=True
     )
+    file = run.path / f"teacher_responses-{fingerprint[:16]}.jsonl"
+    for abandoned in set(run.path.glob("teacher_responses-*.jsonl")) - {file}:
+        abandoned.unlink()  # of another recipe
+    responses = ResponseFile(file)
     chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
+        remove_partial_directories(run.teacher_responses)
         with atomic_directory(run.teacher_responses) as folder:
-            samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size, rows)
-            student_samples = SampleTokenizer(
-                student_tokenizer,
-                prompt,
-                special_tokens_in_text=special_tokens_in_text,
-                keep_all=True,
-            )
+            samples = _answer_samples(run, responder, responses, policy, seed, chunk_size)
             counts = write_tokenized_split(samples, student_samples, folder, "train")
             info: dict[str, float] = {"samples": counts.samples, "tokens": counts.loss_tokens}
             info["seconds"] = time.monotonic() - start
             write_manifest(folder, STEP, fingerprint, info=info)
     finally:
-        generator.close()
+        responder.close()
+    responses.path.unlink()
     log.info(
         "%s: %d responses, %.1f tokens on average",
         STEP,
@@ -106,42 +110,68 @@ def generate_teacher_responses(
     )
 
 
+class ResponseFile:
+    """The responses of an unfinished step: a line of JSON for each row, appended as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.responses: dict[int, tuple[str, bool]] = {}  # row -> text, and whether it ended
+        data = path.read_bytes() if path.is_file() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                row, text, ended = json.loads(line)
+                self.responses[row] = str(text), bool(ended)
+            except (ValueError, TypeError):  # a damaged line: its row is answered again
+                continue
+        # A kill may have left half a line.
+        if len(whole) < len(data):
+            with path.open("r+b") as stream:
+                stream.truncate(len(whole))
+        if self.responses:
+            log.info("%s: %s has %d responses", STEP, path, len(self.responses))
+
+    def append(self, row: int, text: str, ended: bool) -> None:
+        """Add a row's response. Raises ResourceError if the disk is full."""
+        self.responses[row] = text, ended
+        with explain_disk_errors(self.path), self.path.open("ab") as stream:
+            stream.write(json.dumps([row, text, ended]).encode() + b"\n")
+
+
 def _answer_samples(
     run: RunDirectory,
-    tokenizer: SampleTokenizer,
-    generator: Generator,
+    responder: Responder,
+    file: ResponseFile,
     policy: PolicyConfig,
     seed: int,
     chunk_size: int,
-    rows: Mapping[str, int],
 ) -> Iterator[Sample]:
-    """The training samples with the teacher's response as their reference.
-
-    rows: rows of the teacher's embedding, by its path.
-    """
+    """The training samples with the teacher's response as their reference."""
     path = run.data / "train.jsonl"
     total = sum(1 for _ in read_sample_file(path))
-    samples, first_index, truncated = read_sample_file(path), 0, 0
+    rows_and_samples, truncated = enumerate(read_sample_file(path)), 0
     with Progress(total, "responses", STEP) as progress:
-        while chunk := list(itertools.islice(samples, chunk_size)):
-            # Generate the responses of a chunk.
-            sampling = SamplingParams(
-                policy.temperature,
-                policy.top_p,
-                policy.max_new_tokens,
-                seed=seed,
-                first_index=first_index,
-            )
-            prompts = [tokenizer.tokenize_prompt(sample) for sample in chunk]
-            check_sequences(prompts, tokenizer.tokenizer, rows, "a prompt of the teacher")
-            responses = generator.generate_ids(prompts, sampling, progress.advance)
+        while chunk := list(itertools.islice(rows_and_samples, chunk_size)):
+            # Generate the responses that a chunk lacks.
+            missing = [entry for entry in chunk if entry[0] not in file.responses]
+            progress.advance(len(chunk) - len(missing))
+            for run_of_rows in _consecutive(missing):
+                first_row = run_of_rows[0][0]
+                sampling = SamplingParams(
+                    policy.temperature,
+                    policy.top_p,
+                    policy.max_new_tokens,
+                    seed=seed,
+                    first_index=first_row,
+                )
+                samples = [sample for _, sample in run_of_rows]
+                for index, text, ended in responder.respond(samples, sampling, progress.advance):
+                    file.append(first_row + index, text, ended)
             # Yield them as references, and count those that the token limit cut.
-            for sample, ids in zip(chunk, responses, strict=True):
-                ended = bool(ids) and ids[-1] in generator.stop_token_ids
+            for row, sample in chunk:
+                text, ended = file.responses.pop(row)
                 truncated += not ended
-                text = decode_response(tokenizer.tokenizer, ids, generator.stop_token_ids)
                 yield sample.with_response(text, ended=ended)
-            first_index += len(chunk)
     if truncated:
         log.info(
             "%s: %d of %d responses reached policy.max_new_tokens=%d without an EOS: the student "
@@ -151,3 +181,14 @@ def _answer_samples(
             total,
             policy.max_new_tokens,
         )
+
+
+def _consecutive(entries: Sequence[tuple[int, Sample]]) -> list[list[tuple[int, Sample]]]:
+    """Rows and samples, divided where a row does not follow the one before."""
+    groups: list[list[tuple[int, Sample]]] = []
+    for entry in entries:
+        if groups and entry[0] == groups[-1][-1][0] + 1:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -133,6 +133,15 @@ class VllmEngine:
         self.process_state.restore()
 
 
+def import_engine() -> None:
+    """Import everything of vLLM that opening an engine needs, for `workflow.fork_server`. Raises
+    ResourceError if vLLM cannot be imported.
+    """
+    _set_defaults(ENVIRONMENT)
+    _import_vllm("backend: transformers")
+    without_warnings(vllm_private.import_engine_modules)
+
+
 def without_warnings(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call a function without the deprecation warnings that libraries emit about each other."""
     with warnings.catch_warnings():
@@ -188,12 +197,16 @@ def _prepare_environment(
 ) -> None:
     """Set the environment variables of vLLM that the user has not set."""
     cache_gib = _cache_gib(model_config, dtype, cached_tokens)
-    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}.items():
-        os.environ.setdefault(name, value)
+    _set_defaults({**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)})
     # One token more than the model has positions: it is generated, but never fed to the model.
     positions = max_positions(model_config)
     if positions is not None and max_length + 1 > positions:
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+def _set_defaults(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _explain(error: Exception, memory_fields: str) -> str:

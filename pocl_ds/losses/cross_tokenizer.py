@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocl_ds.data.batches import Batch, TeacherView
+from pocl_ds.data.batches import Batch, TeacherView, place_in_sample
 from pocl_ds.losses.divergences import compute_dtype
-from pocl_ds.losses.token_inputs import place_in_sample
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -124,7 +123,7 @@ def alm_span_loss(
     """The loss sft_ratio CE + (1 - sft_ratio) factor ALM over all spans.
 
     student_log_probs, teacher_log_probs: of the label tokens, [n] and [m]. weights: [n], factor of
-    each student token's loss, equal within a sample; None: 1.
+    each student token's loss; None: 1. A span has that of its first token.
     """
     with torch.enable_grad():
         leaf = student_log_probs.detach().requires_grad_()
@@ -133,10 +132,10 @@ def alm_span_loss(
         value = alm(log_p, log_q, temperature)
         kd = weighted_kd = factor * value.sum()
         if weights is not None:
-            # All tokens of a span have the weight of its sample.
-            index = torch.where(view.student_spans < 0, view.num_spans, view.student_spans)
-            by_span = weights.new_zeros(view.num_spans + 1).scatter_(0, index, weights)
-            weighted_kd = factor * (value * by_span[:-1]).sum()
+            first = _starts_span(view.student_spans)
+            by_span = weights.new_zeros(view.num_spans)
+            by_span[view.student_spans[first]] = weights[first]
+            weighted_kd = factor * (value * by_span).sum()
         slope = torch.autograd.grad(weighted_kd, leaf)[0]
     ce_weights = sft_ratio if weights is None else sft_ratio * weights
     sums = torch.stack([kd, weighted_kd]).detach()

@@ -154,7 +154,9 @@ class LossHead(nn.Module):
             batch.sample_of_token,
             batch.sample_weights,
             compute_dtype(hidden.dtype),
+            token_weights=batch.token_weights,
             with_position=terms.token_rule is not None,
+            positions=batch.token_positions,
         )
         # The head is assembled here: ZeRO-3 has gathered its parameters only within this forward.
         inputs = FusedLossInputs.of(

@@ -43,6 +43,11 @@ class RecordCodec(ABC):
 
     @property
     @abstractmethod
+    def settings(self) -> str:
+        """The fields of section `teacher_cache` that choose these records, as overrides."""
+
+    @property
+    @abstractmethod
     def slots(self) -> int:
         """Ids in a record (m)."""
 
@@ -55,6 +60,11 @@ class RecordCodec(ABC):
     def has_distances(self) -> bool:
         """Whether a record holds the logits of its ids."""
         return True
+
+    @property
+    def has_unused_slots(self) -> bool:
+        """Whether a record may have fewer ids than slots; the others repeat its last id."""
+        return False
 
     @abstractmethod
     def encode(self, logits: Tensor, keys: NDArray[np.uint64]) -> Tensor:
@@ -88,18 +98,18 @@ class RecordCodec(ABC):
     @abstractmethod
     def describe_error(self, means: Sequence[float]) -> tuple[dict[str, float], str]:
         """What the records lose at a temperature, for the manifest by name and as the end of a log
-        sentence. means: a row of `error_sums`, per token.
+        sentence. means: a row of `error_sums`, per token, or the columns of it that are known.
         """
 
     @property
     def bytes(self) -> int:
-        """Bytes of one token's record, rounded up to a multiple of 4."""
+        """Bytes of one token's record in memory, rounded up to a multiple of 4."""
         numbers = self.header_size + (1 if self.has_distances else 0)
         halves = self.slots * (2 if self.has_distances else 1)
-        return -(-(4 * numbers + 2 * halves + self._high_bytes) // 4) * 4
+        return -(-(4 * numbers + 2 * halves + self.high_bytes) // 4) * 4
 
     @property
-    def _high_bytes(self) -> int:
+    def high_bytes(self) -> int:
         """Bytes of the high bits of all ids."""
         return -(-self.slots // 4) if self.size > 1 << 16 else 0
 
@@ -125,17 +135,20 @@ class RecordCodec(ABC):
 
     def pack(self, header: Tensor, ids: Tensor, distances: Tensor | None) -> Tensor:
         """Records [n, bytes] from numbers [n, header_size], ids [n, m], and how far the logits of
-        these ids are below the largest one [n, m], where `has_distances`.
+        these ids are below the largest one [n, m], where `has_distances`. The ids of the records
+        ascend.
         """
         parts = []
+        ids, order = ids.sort(dim=-1, stable=True)
         if distances is not None:
+            distances = distances.gather(-1, order)
             scale = distances.amax(-1, keepdim=True)
             steps = distances / scale.clamp(min=torch.finfo(scale.dtype).tiny) * DISTANCE_STEPS
             header = torch.cat([scale, header], -1)
             parts.append(_as_bytes(steps.round().int().to(torch.uint16)))
         parts.append(_as_bytes((ids & 0xFFFF).to(torch.uint16)))
         # The two high bits of each id, four ids to a byte.
-        if self._high_bytes:
+        if self.high_bytes:
             high = torch.nn.functional.pad(ids >> 16, (0, -self.slots % 4)).view(len(ids), -1, 4)
             shifts = torch.tensor([0, 2, 4, 6], device=ids.device)
             parts.append((high << shifts).sum(-1).to(torch.uint8))
@@ -157,9 +170,9 @@ class RecordCodec(ABC):
             header, body = header[:, 1:], body[:, 2 * self.slots :]
         # The ids.
         ids = body[:, : 2 * self.slots].contiguous().view(torch.uint16).int().long()
-        if self._high_bytes:
+        if self.high_bytes:
             start = 2 * self.slots
-            high = body[:, start : start + self._high_bytes].long()
+            high = body[:, start : start + self.high_bytes].long()
             shifts = torch.tensor([0, 2, 4, 6], device=records.device)
             ids = ids | (((high[..., None] >> shifts) & 3).flatten(1)[:, : self.slots] << 16)
         return header, ids, distances

@@ -58,6 +58,11 @@ class SampledCodec(RecordCodec):
         return f"{self.num_samples} sampled ids"
 
     @property
+    def settings(self) -> str:
+        """See `RecordCodec`."""
+        return f"teacher_cache.num_samples={self.num_samples}"
+
+    @property
     def slots(self) -> int:
         """See `RecordCodec`."""
         return self.num_samples

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from pocl_ds.data.batches import position_in_sample
 from pocl_ds.errors import RecipeError
 
 
@@ -17,10 +18,11 @@ from pocl_ds.errors import RecipeError
 class TokenInputs:
     """One value for each of n loss tokens; None where the loss needs none.
 
-    labels: int64. weights: factor of the token's complete loss, from its sample (docs/method.md,
-    eq. 28). span_weights: factors of the cross-entropy's gradient in place of the SFT ratio, which
-    turn it into that of a loss over spans; they include `weights`. position: 0 at the first loss
-    token of the sample to 1 at its last; only for a token rule.
+    labels: int64. weights: factor of the token's complete loss, from its sample and from whether it
+    belongs to a thought (docs/method.md, eq. 28 and 34). span_weights: factors of the
+    cross-entropy's gradient in place of the SFT ratio, which turn it into that of a loss over
+    spans; they include `weights`. position: 0 at the first loss token of the sample to 1 at its
+    last; only for a token rule.
     """
 
     labels: Tensor
@@ -36,10 +38,13 @@ class TokenInputs:
         sample_weights: Tensor | None,
         dtype: torch.dtype,
         *,
+        token_weights: Tensor | None = None,
         with_position: bool = False,
+        positions: Tensor | None = None,
     ) -> TokenInputs:
         """The tokens of B samples. sample_of_token: [n] int64, None if all tokens are of one
-        sample. sample_weights: [B], None for 1. dtype: of the computation.
+        sample. sample_weights: [B], None for 1. dtype: of the computation. token_weights: [n],
+        further factors; None for 1. positions: [n], if the tokens are not all of their samples.
 
         Raises RecipeError for weights without one number per sample.
         """
@@ -58,8 +63,15 @@ class TokenInputs:
                     "sample"
                 )
             weights = sample_weights.detach().to(labels.device, dtype)[sample_of_token]
+        if token_weights is not None:
+            own = token_weights.detach().to(labels.device, dtype)
+            weights = own if weights is None else weights * own
         if with_position:
-            position = _position(sample_of_token, dtype)
+            position = (
+                position_in_sample(sample_of_token, dtype)
+                if positions is None
+                else positions.to(dtype)
+            )
         return cls(labels, weights, position=position)
 
     def __getitem__(self, tokens: slice) -> TokenInputs:
@@ -79,20 +91,3 @@ class TokenInputs:
         if self.weights is None or sft_ratio == 0:
             return sft_ratio
         return sft_ratio * self.weights
-
-
-def place_in_sample(samples: Tensor) -> Tensor:
-    """[n]: the index of each loss token among those of its sample. samples: [n], the sample of each
-    token; the tokens of a sample follow one another.
-    """
-    index = torch.arange(len(samples), device=samples.device)
-    if not len(samples):
-        return index
-    is_start = torch.cat([samples.new_full((1,), -1), samples[:-1]]) != samples
-    return index - torch.cummax(torch.where(is_start, index, 0), 0).values
-
-
-def _position(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n]: 0 at the first token of each sample to 1 at its last; 0 if it is the only one."""
-    before, after = place_in_sample(samples), place_in_sample(samples.flip(0)).flip(0)
-    return before.to(dtype) / (before + after).clamp(min=1)

@@ -28,7 +28,7 @@ class SignalValues:
 
 
 class LogProbSignals:
-    """Signals from log-probabilities of both sides at temperature 1; one that nobody reads costs
+    """Signals from log-probabilities of both sides at temperature 1; one that is never read costs
     nothing.
 
     log_p, log_q: [n, v], masked ids at `divergences.MASKED`; log_p as a function, since not every

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention_choice import ONE_BY_ONE, PADDED, AttentionCall, kernel_for
 from pocl_ds.models.attention_kernels import PACKED_KERNELS, ScoreSettings
 from pocl_ds.models.packed_samples import PackedSamples
+from pocl_ds.models.sequence_shards import gather_tokens, scatter_tokens
 
 PER_SAMPLE = "per_sample"
+QUERY_BLOCK = 1024  # queries whose mask is made at once
 # Families (`model_type`) for which a test compares it with the model's own attention. Another
 # family may need its mask, for chunks, biases or a prefix.
 FAMILIES = (
@@ -66,7 +69,8 @@ def per_sample(
     Args:
         query: [B, H, T, d]; key, value: [B, G, T, d].
         attention_mask: None, since transformers makes no mask for an attention it does not know.
-        samples: of a packed row (B = 1); None if rows are padded on the right.
+        samples: of a packed row (B = 1), of which the ranks of a sequence-parallel group may each
+            have a part; None if rows are padded on the right.
 
     Returns:
         The output [B, T, H, d], and None in place of attention weights.
@@ -104,7 +108,18 @@ def check_attention(attention: str | None, config: Any) -> None:
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, settings: ScoreSettings
 ) -> Tensor:
-    """Causal attention within each sample of a packed row: [1, T, H, d]."""
+    """Causal attention within each sample of a packed row, or of this rank's part of one:
+    [1, T, H, d].
+    """
+    if query.shape[2] == samples.num_tokens:
+        return _attend_row(query, key, value, samples, settings)
+    return scatter_tokens(_attend_row(*gather_tokens(query, key, value), samples, settings))
+
+
+def _attend_row(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, settings: ScoreSettings
+) -> Tensor:
+    """Causal attention within each sample of a complete packed row: [1, T, H, d]."""
     call = AttentionCall(
         query.device.type, query.dtype, query.shape[-1], settings.soft_cap, settings.dropout
     )
@@ -134,38 +149,62 @@ def _pad(side: Tensor, samples: PackedSamples) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, settings: ScoreSettings) -> Tensor:
-    """Causal attention of each row: [B, T, H, d]."""
-    length, grouped = query.shape[2], key.shape[1] != query.shape[1]
-    scale, window = settings.scale, settings.window
-    band = None
-    if window is not None and window < length:
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        band = causal.triu(1 - window)
-    if settings.soft_cap is None:
+    """Causal attention of each row: [B, T, H, d]. No tensor of it has T x T numbers."""
+    length, window = query.shape[2], settings.window
+    if window is not None and window >= length:
+        window = None
+    if settings.soft_cap is None and window is None:
         return functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=band,
-            is_causal=band is None,
+            is_causal=True,
             dropout_p=settings.dropout,
-            scale=scale,
-            enable_gqa=grouped,
+            scale=settings.scale,
+            enable_gqa=key.shape[1] != query.shape[1],
         ).transpose(1, 2)
-    # This function of torch cannot cap scores, as Gemma 2 does.
-    if grouped:
-        key, value = (
-            side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value)
-        )
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+
+    # One block of queries after another, with the keys that it attends to.
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        queries = torch.arange(start, stop, device=query.device)[:, None]
+        keys = torch.arange(first, stop, device=query.device)
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
+        sides = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
+        if settings.soft_cap is None:
+            output = functional.scaled_dot_product_attention(
+                *sides,
+                attn_mask=visible,
+                dropout_p=settings.dropout,
+                scale=settings.scale,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        elif length > QUERY_BLOCK:  # the backward pass computes the weights of a block again
+            output = checkpoint(_attend_capped, *sides, visible, settings, use_reentrant=False)
+        else:
+            output = _attend_capped(*sides, visible, settings)
+        blocks.append(output.transpose(1, 2))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, settings: ScoreSettings
+) -> Tensor:
+    """Attention with capped scores, as in Gemma 2, which torch's function does not have:
+    [B, H, q, d]. visible: [q, k] bool, which key each query attends to.
+    """
+    assert settings.soft_cap is not None
+    if key.shape[1] != query.shape[1]:
+        copies = query.shape[1] // key.shape[1]
+        key, value = (side.repeat_interleave(copies, dim=1) for side in (key, value))
+    scale = query.shape[-1] ** -0.5 if settings.scale is None else settings.scale
+    scores = query @ key.transpose(2, 3) * scale
     scores = torch.tanh(scores / settings.soft_cap) * settings.soft_cap
-    visible = (
-        band
-        if band is not None
-        else torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    )
     weights = scores.masked_fill(~visible, -math.inf).softmax(
         -1, dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    output = functional.dropout(weights.to(query.dtype), settings.dropout) @ value
-    return output.transpose(1, 2)
+    return functional.dropout(weights.to(query.dtype), settings.dropout) @ value

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -22,9 +24,11 @@ from transformers import AutoModelForCausalLM
 from pocl_ds.compat.torch_private import fake_tensors, storage_id
 from pocl_ds.config import LoraConfig
 from pocl_ds.models.attention import PER_SAMPLE
+from pocl_ds.models.dropout import set_dropout
 from pocl_ds.models.heads import check_family, hidden_states, output_head
-from pocl_ds.models.load import empty_model, set_dropout
+from pocl_ds.models.load import empty_model
 from pocl_ds.models.lora import adapter_parameters, is_linear, target_linear_modules
+from pocl_ds.models.mlp_tiles import tile_mlps
 from pocl_ds.models.quiet import quiet
 
 
@@ -51,18 +55,24 @@ class ModelShape:
         """Number of parameters with gradients."""
         return self.adapters or self.parameters
 
-    def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
-        """FLOPs of one forward pass, with the head at loss positions only.
+    def sample_flops(self, lengths: NDArray[Any], loss_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """FLOPs of one forward pass over each sample, [samples], with the head at loss positions
+        only.
 
-        lengths: tokens of each sample; attention is causal within a sample.
+        lengths, loss_tokens: tokens of each sample, [samples]; attention is causal within a sample.
         """
-        tokens = sum(lengths)
-        attention = sum(2.0 * length * (length + 1) * self.attention_width for length in lengths)
+        sizes = np.asarray(lengths, np.float64)
+        attention = 2.0 * sizes * (sizes + 1) * self.attention_width
         return (
-            2.0 * self.matrix_parameters * tokens
+            2.0 * self.matrix_parameters * sizes
             + self.layers * attention
-            + 2.0 * self.head_parameters * loss_tokens
+            + 2.0 * self.head_parameters * np.asarray(loss_tokens, np.float64)
         )
+
+    def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        """FLOPs of one forward pass over samples of these lengths. loss_tokens: of all of them."""
+        body = self.sample_flops(np.array(lengths), np.zeros(len(lengths)))
+        return float(body.sum()) + 2.0 * self.head_parameters * loss_tokens
 
 
 def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
@@ -110,6 +120,7 @@ def activation_bytes(
     checkpointing: bool,
     dropout: float | None = None,
     lora: LoraConfig | None = None,
+    mlp_tile_tokens: int | None = None,
 ) -> int:
     """Bytes that the backbone's forward keeps for its backward over one micro-batch, with its last
     hidden states.
@@ -119,6 +130,7 @@ def activation_bytes(
         checkpointing: of activations.
         dropout: as `load_model` takes it.
         lora: adapters; only these are trained.
+        mlp_tile_tokens: see `mlp_tiles`.
     """
     config = copy.deepcopy(config)  # it is changed below, and by transformers
     if dropout is not None:
@@ -132,6 +144,8 @@ def activation_bytes(
         for module in model.modules():
             if hasattr(module, "layerdrop"):  # OPT reads a random number, which fakes do not have
                 module.training = False
+        if mlp_tile_tokens:
+            tile_mlps(decoder_layers(model), mlp_tile_tokens)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model_storages = {

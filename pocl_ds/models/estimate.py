@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.models.cost import ModelShape, kv_cache_bytes, parameter_bytes
@@ -100,18 +104,31 @@ def step_flops(
     lengths: Sequence[int],
     loss_tokens: int,
 ) -> float:
-    """FLOPs of an optimizer step over samples of these lengths.
+    """FLOPs of an optimizer step over samples of these lengths. loss_tokens: of all of them."""
+    samples = _as_samples(lengths, loss_tokens)
+    return float(sample_flops(student, teacher, setup, *samples).sum())
+
+
+def sample_flops(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    lengths: NDArray[Any],
+    loss_tokens: NDArray[Any],
+) -> NDArray[np.float64]:
+    """FLOPs of each sample in an optimizer step, [samples].
 
     Backward takes twice as many as forward; activation checkpointing repeats the forward of the
     body. Frozen weights pass a gradient on and have none themselves.
+
+    lengths, loss_tokens: tokens of each sample, [samples].
     """
     passes = 4 if setup.checkpointing else 3
-    head = 2.0 * student.head_parameters * loss_tokens
-    total = passes * student.forward_flops(lengths, 0) + 3 * head
+    head = 2.0 * student.head_parameters * np.asarray(loss_tokens, np.float64)
+    total = passes * student.sample_flops(lengths, np.zeros(len(lengths))) + 3 * head
     if student.adapters:
-        tokens = sum(lengths)
-        total += 2.0 * tokens * (passes * student.adapters - student.matrix_parameters) - head
-    return total + _teacher_flops(teacher, setup, lengths, loss_tokens)
+        total += 2.0 * lengths * (passes * student.adapters - student.matrix_parameters) - head
+    return total + _teacher_sample_flops(teacher, setup, lengths, loss_tokens)
 
 
 def scoring_flops(
@@ -131,12 +148,31 @@ def scoring_flops(
 def _teacher_flops(
     teacher: ModelShape | None, setup: TrainingSetup, lengths: Sequence[int], loss_tokens: int
 ) -> float:
-    """FLOPs of the teacher's forward pass, or of its head alone over cached hidden states."""
+    """FLOPs of the teacher over samples of these lengths. loss_tokens: of all of them."""
+    return float(_teacher_sample_flops(teacher, setup, *_as_samples(lengths, loss_tokens)).sum())
+
+
+def _as_samples(
+    lengths: Sequence[int], loss_tokens: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lengths, and loss tokens spread over the samples: FLOPs are linear in them."""
+    return np.array(lengths, np.float64), np.full(len(lengths), loss_tokens / len(lengths))
+
+
+def _teacher_sample_flops(
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    lengths: NDArray[Any],
+    loss_tokens: NDArray[Any],
+) -> NDArray[np.float64]:
+    """FLOPs of each sample in the teacher's forward pass, or in its head alone over cached hidden
+    states.
+    """
     if teacher is not None and setup.teacher_mode == "online":
-        return teacher.forward_flops(lengths, loss_tokens)
+        return teacher.sample_flops(lengths, loss_tokens)
     if teacher is not None and setup.teacher_mode == "cached_hidden_states":
-        return 2.0 * teacher.head_parameters * loss_tokens
-    return 0.0
+        return 2.0 * teacher.head_parameters * np.asarray(loss_tokens, np.float64)
+    return np.zeros(len(lengths))
 
 
 def micro_step_traffic(
@@ -157,7 +193,8 @@ def micro_step_traffic(
     gathers = 2 if backward and student.parameters > LIVE_PARAMETERS else 1
     gradients = student.trainable_parameters if backward else 0
     traffic = parameter_bytes(gathers * float(student.parameters) + gradients, setup.dtype)
-    if teacher is not None and setup.teacher_mode == "online" and setup.teacher_sharded:
+    shares_ranks = setup.teacher_mode == "online" and not setup.own_teacher_ranks
+    if teacher is not None and shares_ranks and setup.teacher_sharded:
         traffic += parameter_bytes(float(teacher.parameters), setup.teacher_dtype)
     return traffic * (ranks - 1) / ranks
 
@@ -219,14 +256,30 @@ def _training_time(
     lengths = [max(1, round(work.tokens))] * work.batch_size
     loss_tokens = round(work.response_tokens * work.batch_size)
     flops = step_flops(student, teacher, setup, lengths, loss_tokens)
-    arithmetic_seconds = flops / flops_per_second / layout.ranks
-    micro_steps = max(1, work.batch_size // (setup.micro_batch_size * layout.ranks))
-    bytes_received = micro_steps * micro_step_traffic(student, teacher, setup, layout.ranks)
+    teacher_flops = _teacher_flops(teacher, setup, lengths, loss_tokens)
+    ranks = layout.ranks - setup.own_teacher_ranks
+    arithmetic_seconds = _arithmetic_seconds(flops, teacher_flops, setup, ranks, flops_per_second)
+    groups = ranks // setup.sequence_parallel_size
+    micro_steps = max(1, work.batch_size // (setup.micro_batch_size * groups))
+    bytes_received = micro_steps * micro_step_traffic(student, teacher, setup, ranks)
     network_seconds = bytes_received / layout.link(device)
     bound_by = "arithmetic" if arithmetic_seconds >= network_seconds else "the network"
     return StepTime(
         "train", work.steps * max(arithmetic_seconds, network_seconds), work.steps * flops, bound_by
     )
+
+
+def _arithmetic_seconds(
+    flops: float, teacher_flops: float, setup: TrainingSetup, ranks: int, flops_per_second: float
+) -> float:
+    """Seconds of `flops`, of which a teacher on ranks of its own computes its part meanwhile.
+
+    ranks: of the student.
+    """
+    if not setup.own_teacher_ranks:
+        return flops / flops_per_second / ranks
+    student_seconds = (flops - teacher_flops) / ranks
+    return max(student_seconds, teacher_flops / setup.own_teacher_ranks) / flops_per_second
 
 
 def _rescoring_time(
@@ -238,14 +291,17 @@ def _rescoring_time(
     device: Device,
     flops_per_second: float,
 ) -> StepTime:
-    """Forward passes over the samples that are scored anew, in micro-batches as large as those of
+    """Forward passes over the samples that are scored again, in micro-batches as large as those of
     training. teacher: None if it does not run.
     """
     length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
     flops = work.rescored_samples * scoring_flops(student, teacher, setup, [length], loss_tokens)
-    arithmetic_seconds = flops / flops_per_second / layout.ranks
-    micro_steps = -(-work.rescored_samples // (setup.micro_batch_size * layout.ranks))
-    traffic = micro_step_traffic(student, teacher, setup, layout.ranks, backward=False)
+    teacher_flops = work.rescored_samples * _teacher_flops(teacher, setup, [length], loss_tokens)
+    ranks = layout.ranks - setup.own_teacher_ranks
+    arithmetic_seconds = _arithmetic_seconds(flops, teacher_flops, setup, ranks, flops_per_second)
+    groups = ranks // setup.sequence_parallel_size
+    micro_steps = -(-work.rescored_samples // (setup.micro_batch_size * groups))
+    traffic = micro_step_traffic(student, teacher, setup, ranks, backward=False)
     network_seconds = micro_steps * traffic / layout.link(device)
     bound_by = "arithmetic" if arithmetic_seconds >= network_seconds else "the network"
     return StepTime(RESCORING, max(arithmetic_seconds, network_seconds), flops, bound_by)

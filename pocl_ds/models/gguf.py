@@ -6,13 +6,11 @@ changed file is converted again.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import importlib.util
 import logging
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ import torch
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.quiet import quiet
 from pocl_ds.resources import cache_folder
-from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, file_digest, lock_file
+from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, file_digest
+from pocl_ds.workflow.locks import hold_lock
 
 log = logging.getLogger("pocl_ds")
 
@@ -72,7 +71,7 @@ def dequantize_gguf(file: Path) -> Path:
         return folder
     with explain_disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f".{folder.name}.lock"):
+    with hold_lock(cache / f".{folder.name}.lock", fcntl.LOCK_EX):
         if not folder.is_dir():
             start = time.monotonic()
             log.info("dequantizing %s into %s, once", file.name, folder)
@@ -118,10 +117,3 @@ def _copy_without_quantization(model: Any) -> Any:
     copy.tie_weights()
     copy.generation_config.eos_token_id = config.eos_token_id
     return copy
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        lock_file(handle.fileno(), path, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock, also if the process dies

@@ -28,10 +28,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pocl_ds.config import ModelSource
+from pocl_ds.config import ModelSource, TeacherConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
 from pocl_ds.models.attention import PER_SAMPLE, check_attention, per_sample
+from pocl_ds.models.dropout import set_dropout
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.quantization import quantization_arguments
 from pocl_ds.models.quiet import quiet
@@ -57,7 +58,6 @@ LOAD_ERRORS = (
     pickle.UnpicklingError,
 )
 Source = TypeVar("Source", bound=ModelSource)
-LAYER_DROPPING = "layerdrop"  # how names of a configuration end: `layerdrop`, `decoder_layerdrop`
 CUSTOM_CODE_MESSAGE = "contains custom code"  # in the error of transformers
 
 
@@ -72,7 +72,7 @@ def resolve_model(config: ModelSource) -> str:
         return str(gguf.dequantize_gguf(gguf.find_package_file(source)))
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
-        _check_folder(path)
+        _check_folder(path, weights=not _is_served(config))
         return str(path)
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
@@ -122,16 +122,24 @@ def resolve_pinned_model(config: ModelSource) -> str:
         return path
     folder = path
     with _explain_load_errors(path, f"revision {config.revision or 'main'}"), quiet():
-        for weights in ("*.safetensors", "*.bin"):
+        for weights in ([],) if _is_served(config) else (["*.safetensors"], ["*.bin"]):
             folder = snapshot_download(
                 path,
                 revision=config.revision or "main",
-                allow_patterns=[weights, *OTHER_FILES],
+                allow_patterns=[*weights, *OTHER_FILES],
                 ignore_patterns=["*/*"],
             )
-            if next(Path(folder).glob(weights), None):
+            if not weights or next(Path(folder).glob(weights[0]), None):
                 break
     return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model that loading may read; .bin files only if no others have its weights."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    patterns = (*OTHER_FILES, "additional_chat_templates/*.jinja")
+    others = {path for pattern in patterns for path in folder.glob(pattern)}
+    return [path for path in (*weights, *sorted(others)) if path.is_file()]
 
 
 def load_tokenizer(
@@ -287,45 +295,6 @@ def load_model(
     return cast(PreTrainedModel, model)
 
 
-def set_dropout(config: Any, dropout: float) -> None:
-    """Set every dropout rate of a configuration (`attention_dropout`, `resid_pdrop`, ...), in
-    place, and turn layer dropping off.
-    """
-    for section in (config, config.get_text_config(decoder=True)):
-        for name in _numbers(section):
-            if name.endswith(("dropout", "pdrop")):
-                setattr(section, name, dropout)
-            elif name.endswith(LAYER_DROPPING):
-                setattr(section, name, 0.0)
-
-
-def check_layer_dropping(path: str, config: Any, dropout: float | None) -> None:
-    """Raise ModelError if a student would skip whole layers at random in training: ranks that skip
-    different ones wait for each other under ZeRO-3.
-
-    dropout: student.dropout; a number turns layer dropping off.
-    """
-    if dropout is not None:
-        return
-    for section in (config, config.get_text_config(decoder=True)):
-        for name, value in _numbers(section).items():
-            if value and name.endswith(LAYER_DROPPING):
-                raise ModelError(
-                    f"{path} has {name}={value:g} in its config.json, so training would skip whole "
-                    "layers at random, different ones on each rank: set student.dropout (0 for "
-                    "none), which turns layer dropping off"
-                )
-
-
-def _numbers(config: Any) -> dict[str, float]:
-    """The fields of a configuration that are numbers."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
 def embedding_rows(config: Any) -> int:
     """Rows of a model's embedding, also of a language model inside a multimodal one: every id that
     the model reads is below it.
@@ -339,13 +308,18 @@ def max_positions(config: Any) -> int | None:
     return int(positions) if positions else None
 
 
-def _check_folder(path: Path) -> None:
+def _is_served(config: ModelSource) -> bool:
+    """Whether a server has the model's weights, so that only its other files are read here."""
+    return isinstance(config, TeacherConfig) and config.endpoint is not None
+
+
+def _check_folder(path: Path, *, weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(
             f"folder {path} is not a model folder, config.json is missing: give a Hugging Face "
             "model folder"
         )
-    if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
+    if weights and not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
             f"model folder {path} holds no weights (*.safetensors or *.bin): get the complete model"
         )

@@ -42,6 +42,14 @@ class TrainingSetup:
     chunk_bytes: int = 512 << 20  # of logits and their buffers
     hidden_dtype: str = "model"  # of cached hidden states, see `TeacherCacheConfig`
     record_bytes: int = 0  # of a loss token in the teacher cache, with RECORD_MODES
+    teacher_ranks: int = 0  # that run an online teacher alone
+    sequence_parallel_size: int = 1  # ranks that share a micro-batch
+    offload_activations: bool = False  # those that checkpointing keeps, to the host's memory
+
+    @property
+    def own_teacher_ranks(self) -> int:
+        """Ranks that run the teacher alone in this mode."""
+        return self.teacher_ranks if self.teacher_mode == "online" else 0
 
     def teacher_weights(self, teacher: ModelShape) -> float:
         """Bytes of all weights of the teacher."""
@@ -119,12 +127,16 @@ def training_memory(
     """Bytes of one rank at the peak of an optimizer step, itemized by name.
 
     Args:
-        lengths: tokens of each sample of a micro-batch.
+        lengths: tokens of each sample of a micro-batch, which `setup.sequence_parallel_size` ranks
+            share.
         loss_tokens: loss tokens of that micro-batch.
         activations: bytes that the student's forward keeps, see `cost.activation_bytes`.
         base: bytes of context, libraries and communication buffers.
         gloo: ranks are CPUs, where gathered weights need two more copies (`pocl bench estimate`).
     """
+    shards = setup.sequence_parallel_size
+    if shards > 1:
+        lengths, loss_tokens = [-(-sum(lengths) // shards)], -(-loss_tokens // shards)
     memory = {"libraries and buffers": base}
     memory |= _student_memory(student, setup, ranks, lengths, activations)
     memory |= _head_memory(student, setup, loss_tokens)
@@ -161,7 +173,12 @@ def _student_memory(
         bucket = parameter_bytes(min(BUCKET, student.trainable_parameters), setup.dtype)
         memory["student: gathered"] = parameter_bytes(_live_parameters(student), setup.dtype)
         memory["student: bucket"] = 2 * bucket
-    memory["student: activations"] = activations(lengths, setup.checkpointing)
+    kept_on_host = setup.checkpointing and setup.offload_activations
+    memory["student: activations"] = (
+        parameter_bytes(sum(lengths) * student.width, setup.dtype)  # the last hidden states
+        if kept_on_host
+        else activations(lengths, setup.checkpointing)
+    )
     if setup.checkpointing:  # one block is computed again
         memory["student: activations"] += activations(lengths, False) / student.layers
     return memory
@@ -183,10 +200,30 @@ def _teacher_memory(
     teacher: ModelShape, setup: TrainingSetup, ranks: int, lengths: Sequence[int]
 ) -> dict[str, float]:
     dtype = setup.teacher_dtype
-    if setup.teacher_mode == "cached_hidden_states":
+    if setup.teacher_mode == "cached_hidden_states" or setup.own_teacher_ranks:
         return {"teacher: head": parameter_bytes(teacher.head_parameters, dtype)}
     if setup.teacher_mode != "online":
         return {}
+    return _forward_memory(teacher, setup, ranks, lengths)
+
+
+def teacher_rank_memory(
+    teacher: ModelShape, setup: TrainingSetup, lengths: Sequence[int], base: float
+) -> dict[str, float]:
+    """Bytes of a rank that runs the teacher alone, itemized by name; arguments: see
+    `training_memory`.
+    """
+    return {
+        "libraries and buffers": base,
+        **_forward_memory(teacher, setup, setup.own_teacher_ranks, lengths),
+    }
+
+
+def _forward_memory(
+    teacher: ModelShape, setup: TrainingSetup, ranks: int, lengths: Sequence[int]
+) -> dict[str, float]:
+    """The weights of a teacher on `ranks` ranks, and what its forward pass needs."""
+    dtype = setup.teacher_dtype
     sharded = setup.teacher_sharded and ranks > 1
     weights = setup.teacher_weights(teacher) / (ranks if sharded else 1)
     memory = {"teacher: weights": 0.0 if setup.offload_teacher else weights}
@@ -199,10 +236,16 @@ def _teacher_memory(
 
 
 def host_memory(
-    student: ModelShape, teacher: ModelShape | None, setup: TrainingSetup, node_fraction: float
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    node_fraction: float,
+    activations: float = 0.0,
 ) -> float:
-    """Bytes of a node's own memory that offloading takes; node_fraction: of all ranks."""
-    total = 0.0
+    """Bytes of a node's own memory that offloading takes; node_fraction: of all ranks. activations:
+    bytes that the checkpointing of a node's ranks keeps.
+    """
+    total = activations if setup.offload_activations else 0.0
     if setup.offload_student:
         total += 12 * student.trainable_parameters + 2 * student.parameters
     if teacher is not None and setup.offload_teacher and setup.teacher_mode == "online":

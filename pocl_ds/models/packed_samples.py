@@ -35,6 +35,11 @@ class PackedSamples:
     )
 
     @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of the row: T."""
+        return sum(self.lengths)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(self.lengths)
@@ -48,7 +53,7 @@ class PackedSamples:
     def padded_positions(self) -> Tensor:
         """Where each token would be if the samples were padded to the longest: [T] int64."""
         numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        columns = np.arange(sum(self.lengths)) - _first_tokens(self.lengths)
+        columns = np.arange(self.num_tokens) - _first_tokens(self.lengths)
         return self._to_device(numbers * self.longest + columns)
 
     def block_mask(self, window: int | None) -> BlockMask:

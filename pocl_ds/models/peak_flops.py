@@ -27,7 +27,10 @@ PEAK_FLOPS: dict[str, float] = {
     "RTX A6000": 154.8e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
+    "MI355X": 2516e12,
+    "MI325X": 1307e12,
     "MI300X": 1307e12,
+    "MI300A": 980e12,
     "MI250X": 191.5e12,  # of one of its two dies, which is one device
 }
 

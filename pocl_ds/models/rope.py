@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pocl_ds.compat.transformers_private import reset_rotary_module, rotary_modules
+from pocl_ds.runtime import sequence_parallel
 
 LONGROPE, DYNAMIC = "longrope", "dynamic"
 
@@ -64,7 +66,8 @@ def frequencies_by_sample(
     own length. Does nothing for a model whose frequencies do not depend on length.
 
     attention_mask: [B, T] of rows that are padded on the right. lengths: tokens of each sample of a
-    packed row, in place of the mask. With neither every row is one sample without padding.
+    packed row, in place of the mask; the model may run on a part of that row (sequence
+    parallelism). With neither every row is one sample without padding.
     """
     dependence = length_dependence(model.config)
     if dependence is None:
@@ -107,17 +110,22 @@ def _choose_frequencies(
     if packed:
         sizes = torch.tensor(lengths, device=positions.device)
         token_groups = torch.tensor(groups, device=positions.device).repeat_interleave(sizes)[None]
+        if token_groups.shape != positions.shape:
+            token_groups = token_groups.chunk(sequence_parallel.size(), 1)[sequence_parallel.part()]
     else:
         last = torch.tensor(lengths, device=positions.device)[:, None] - 1
         positions = positions.expand(len(lengths), -1).minimum(last)
         token_groups = torch.tensor(groups, device=positions.device)[:, None].expand_as(positions)
 
-    # Ask the module once per group.
+    # Ask the module once per group. It chooses by the largest position, so the last position of a
+    # sample of the group comes along: a part of a row may not have it.
     shape = (*positions.shape, output[0].shape[-1])
     cos, sin = output[0].new_empty(shape), output[1].new_empty(shape)
     for group in sorted(set(groups)):
         chosen = token_groups == group
         reset_rotary_module(module)
-        group_cos, group_sin = module.forward(position_ids=positions[chosen][None], **arguments)
-        cos[chosen], sin[chosen] = group_cos[0], group_sin[0]
+        last_position = max(n for n in lengths if dependence.group(n) == group) - 1
+        chosen_positions = functional.pad(positions[chosen], (0, 1), value=last_position)
+        group_cos, group_sin = module.forward(position_ids=chosen_positions[None], **arguments)
+        cos[chosen], sin[chosen] = group_cos[0, :-1], group_sin[0, :-1]
     return cos, sin

@@ -69,6 +69,12 @@ def training_charts(summary: RunSummary) -> list[Chart]:
         ("lr", "Learning rate", "learning rate", ""),
         ("tokens_per_second", "Throughput", "tokens per second", ""),
         ("mfu", "MFU", "share of the GPUs' peak", "Model FLOPs utilization."),
+        (
+            "load_imbalance",
+            "Load imbalance",
+            "costliest rank / mean",
+            "Of the arithmetic in each micro-step; 1 is balanced.",
+        ),
     ):
         series = _series(steps, [(label, "accent", column, [])])
         charts.append(_line_chart(title, label, series, bands, from_zero=True, note=note))

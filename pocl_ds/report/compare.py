@@ -320,6 +320,10 @@ def _results_rows(
         ["time, all steps", *(format_duration(summary.total_seconds) for summary in summaries)],
         ["ranks", *(info.get("ranks", ABSENT) for info in infos)],
     ]
+    if any(info.get("teacher_ranks") for info in infos):
+        rows.append(
+            ["ranks of the teacher alone", *(info.get("teacher_ranks", ABSENT) for info in infos)]
+        )
     for label, key in (("host", "peak_host_bytes"), ("GPU", "peak_device_bytes")):
         sizes = (format_size(info.get(key)) for info in infos)
         rows.append([f"peak {label} memory of a rank", *sizes])

@@ -287,6 +287,8 @@ def training_sentence(summary: RunSummary) -> str:
         return ""
     share = f"{100 * info['padding_share']:.0f}% of their tokens"
     ranks = "1 rank" if info["ranks"] == 1 else f"{info['ranks']} ranks"
+    if own := info.get("teacher_ranks"):
+        ranks += f", and the teacher on {'1 rank' if own == 1 else f'{own} ranks'} of its own"
     padding = (
         f"packed without padding, which would be {share}"
         if info["packed"]
@@ -299,7 +301,9 @@ def training_sentence(summary: RunSummary) -> str:
 
 
 def _speed_sentence(summary: RunSummary) -> str:
-    """Tokens per second of a rank, MFU, and the parts of a step, each the median of all steps."""
+    """Tokens per second of a rank, MFU, the parts of a step, and the load imbalance, each the
+    median of all steps.
+    """
     if summary.curves is None:
         return ""
     steps = summary.curves.steps
@@ -313,7 +317,11 @@ def _speed_sentence(summary: RunSummary) -> str:
     )
     mfu = np.median(steps["mfu"])
     utilization = f" at {100 * mfu:.0f}% MFU" if np.isfinite(mfu) else ""
-    return f" A rank processed {rate:,.0f} tokens per second{utilization}; of a step: {parts}."
+    text = f" A rank processed {rate:,.0f} tokens per second{utilization}; of a step: {parts}."
+    imbalance = np.median(steps["load_imbalance"])
+    if np.isfinite(imbalance):
+        text += f" The load imbalance of the ranks was {imbalance:.2f}."
+    return text
 
 
 def plan_rows(

@@ -101,7 +101,7 @@ def _step_cost(step: str, manifests: list[Manifest]) -> StepCost:
     return StepCost(
         step,
         sum(float(info["seconds"]) for info in timed_infos),
-        int(infos[0].get("ranks", 1)),
+        int(infos[0].get("ranks", 1)) + int(infos[0].get("teacher_ranks", 0)),
         max(host, default=None),
         max(device, default=None),
     )

@@ -23,6 +23,7 @@ from pocl_ds.report.formatting import (
 from pocl_ds.report.items import Item
 from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
 from pocl_ds.report.stage_rankings import RANKING_NOTE, ranking_rows
+from pocl_ds.runtime.formatting import code_block
 
 
 def markdown_page(summary: RunSummary, *, name: str, recipe_yaml: str, num_examples: int) -> str:
@@ -52,7 +53,12 @@ def markdown_page(summary: RunSummary, *, name: str, recipe_yaml: str, num_examp
     versions = ", ".join(
         f"{package} {version}" for package, version in package_versions(summary).items()
     )
-    parts += ["## Versions", escape_markdown(versions), "## Recipe", _code_block(recipe_yaml)]
+    parts += [
+        "## Versions",
+        escape_markdown(versions),
+        "## Recipe",
+        code_block(recipe_yaml, "yaml"),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,11 +94,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str =
     lines = [[escape_markdown(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---", *[align] * (len(header) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _code_block(text: str) -> str:
-    """A YAML block whose fence is longer than any run of backticks in it."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"

@@ -5,9 +5,7 @@ A part that is missing or unfinished becomes a sentence in `RunSummary.missing`.
 
 from __future__ import annotations
 
-import json
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from pocl_ds.report.items import BenchmarkItems, Item, read_benchmark_items
 from pocl_ds.report.sample_visits import count_sample_visits
 from pocl_ds.report.samples import SampleRows, read_sample_rows
 from pocl_ds.report.stage_rankings import StageRankingRecord, read_stage_rankings
+from pocl_ds.runtime.metrics import format_steps, missing_steps, read_records
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -47,6 +46,7 @@ COLUMNS = (
     "tokens_per_second",
     "tokens_per_second_per_rank",
     "mfu",
+    "load_imbalance",
     "seconds",
     *STEP_PARTS,
 )
@@ -145,17 +145,16 @@ def read_run_summary(
 
 
 def read_training_curves(path: Path) -> TrainingCurves | None:
-    """The columns of a metrics.jsonl; None if it has no steps. An incomplete line is ignored."""
+    """The columns of a metrics.jsonl; None if it has no steps. Damaged lines are ignored."""
     columns = {name: array("d") for name in COLUMNS}
     validation = []
-    with path.open(encoding="utf-8") as stream:
-        for record in _parse_records(stream):
-            if record.get("kind") == "validation":
-                validation.append(record)
-            elif record.get("kind") == "step":
-                for name, values in columns.items():
-                    value = record.get(name)
-                    values.append(float("nan") if value is None else float(value))
+    for record in read_records(path):
+        if record.get("kind") == "validation":
+            validation.append(record)
+        elif record.get("kind") == "step":
+            for name, values in columns.items():
+                value = record.get(name)
+                values.append(float("nan") if value is None else float(value))
     if not columns["step"]:
         return None
     steps = {name: np.frombuffer(values, np.float64) for name, values in columns.items()}
@@ -180,6 +179,11 @@ def _read_training(run: RunDirectory, summary: RunSummary, *, seed: int, window:
         summary.missing.append(
             "Training is not finished: the curves end at optimizer step "
             f"{summary.curves.last_step}{of_total}."
+        )
+    if summary.curves and (lost := missing_steps(read_records(run.train / "metrics.jsonl"))):
+        summary.missing.append(
+            f"The records of {len(lost)} optimizer steps are lost ({format_steps(lost)}), so the "
+            "curves have a gap."
         )
     # Leave out a plan that belongs to another ranking: its subsets would be wrong.
     rank = summary.manifests.get("rank")
@@ -289,13 +293,3 @@ def _read_manifests(run: RunDirectory) -> dict[str, Manifest]:
     }
     manifests = {step: read_manifest(folder) for step, folder in folders.items()}
     return {step: manifest for step, manifest in manifests.items() if manifest is not None}
-
-
-def _parse_records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            yield record

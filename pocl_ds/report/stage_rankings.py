@@ -11,7 +11,7 @@ from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 RANKING_NOTE = (
-    "When a stage began, the current student scored samples and ranked all of them anew. The rank "
+    "When a stage began, the current student scored samples and ranked all of them again. The rank "
     "correlation is with the order before; weights are those of the rule, of samples that take "
     "part."
 )

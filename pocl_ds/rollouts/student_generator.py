@@ -1,4 +1,4 @@
-"""The generator of a rank's rollouts: vLLM in a process of its own, or transformers in this one."""
+"""The generator of a rank's rollouts: vLLM in its own process, or transformers in this one."""
 
 from __future__ import annotations
 

@@ -11,14 +11,14 @@ import os
 import re
 from typing import Any
 
+from pocl_ds.runtime.token_formats import TOKEN
+
 SECRET_NAME = re.compile(
-    r"(?:^|_)(?:token|secret|password|passwd|passphrase|\w*key)$", re.IGNORECASE
+    r"(?:^|_)(?:token|secret|pass|passwd|passphrase|credentials?|\w*password|\w*key)$|_pwd$",
+    re.IGNORECASE,
 )
 # `user:password`, or a token alone, in front of the host of an address.
 USER_INFO = re.compile(r"(?<=://)[^/?#@\s'\"]+(?=@)")
-TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b"
-)
 # NAME=value in a line of shell, but not NAME=$VARIABLE.
 ASSIGNMENT = re.compile(r"\b(\w+)=(?![\"']?\$)[\"']?[^\s\"',;]")
 MIN_LENGTH = 12  # shorter values of variables occur in too many texts by chance

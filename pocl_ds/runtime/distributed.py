@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from pocl_ds.compat import torch_private
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
+from pocl_ds.runtime.process_exit import JOB_RANK
+from pocl_ds.runtime.visible_gpus import visible_gpus
 from pocl_ds.workflow.manifest import peak_host_bytes
 
 # Seconds that ranks wait in a collective while one of them works alone (checksums of a checkpoint,
@@ -30,6 +32,13 @@ PROCESS_GROUP_TIMEOUT = 4 * 3600.0
 def rank() -> int:
     """Rank of this process, from the launcher's environment."""
     return int(os.environ.get("RANK", "0"))
+
+
+def job_rank() -> int:
+    """Rank of this process among all that the launcher started, also if the teacher has ranks of
+    its own.
+    """
+    return int(os.environ.get(JOB_RANK) or rank())
 
 
 def world_size() -> int:
@@ -49,6 +58,11 @@ def device_type() -> str:
     return "cuda" if use_gpu else "cpu"
 
 
+def on_gpu() -> bool:
+    """Whether the ranks compute on GPUs."""
+    return device_type() == "cuda"
+
+
 def device() -> torch.device:
     """This rank's device: one GPU per rank, or the CPU. Raises ResourceError if there are more
     ranks than GPUs.
@@ -66,12 +80,11 @@ def device() -> torch.device:
 
 
 def visible_devices(count: int = 1) -> str:
-    """This rank's GPU and those that follow it, `count` in all, as CUDA_VISIBLE_DEVICES of a child
-    process must name them. Raises ResourceError if so many are not visible.
+    """This rank's GPU and those that follow it, `count` in all, as `gpu_variables` gives them
+    to a child process. Raises ResourceError if so many are not visible.
     """
     first = device().index or 0
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    names = names or [str(number) for number in range(torch.cuda.device_count())]
+    names = visible_gpus(torch.cuda.device_count())
     if first + count > len(names):
         raise ResourceError(
             f"rank {rank()} needs {count} GPUs, from its own on, and sees {len(names)}: let the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,34 @@ def format_duration(seconds: float) -> str:
 def format_value(value: Any) -> str:
     """A floating-point number with four significant digits; str() of any other value."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_size(count: float) -> str:
+    """A number of bytes in the largest unit of up to 999: 12 B, 3.4 MB."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def code_block(text: str, language: str) -> str:
+    """A block of Markdown whose fence is longer than any run of backticks in the text."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def inline_code(text: object) -> str:
+    """A span of code in Markdown, on one line, that no backtick in the text ends."""
+    line = " ".join(str(text).split())
+    fence = "`" * (_longest_run(line) + 1)
+    padding = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def align_columns(

@@ -22,10 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pocl_ds.errors import EXIT_RESUME, ResourceError
+from pocl_ds.errors import EXIT_RESUME, LOST_RANK, ResourceError, connection_fault
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Signals that stop the work with everything saved. SIGHUP comes when the terminal is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_RECORDS = "POCL_EXITS"  # environment variable: folder of the exit records
+# Environment variable: rank in the launcher's numbers, where RANK is one among fewer processes.
+JOB_RANK = "POCL_JOB_RANK"
 _received: set[int] = set()
 
 
@@ -59,14 +62,16 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def install_signal_handlers() -> None:
-    """End this process with exit code EXIT_RESUME on TERM, USR1 and USR2.
+    """End this process with exit code EXIT_RESUME on TERM, USR1, USR2 and HUP. With `nohup`, HUP
+    stays ignored.
 
     Ctrl-C still raises KeyboardInterrupt, and `was_interrupted` remembers it. If Python drops that
     exception in a destructor, the signal is sent again. Training replaces these handlers as long as
     it has a state to save.
     """
     for number in SIGNALS:
-        signal.signal(number, _exit_for_resume)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit_for_resume)
     _received.clear()
     # A background job of a shell ignores Ctrl-C: leave that unchanged.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -103,6 +108,16 @@ def _exit_for_resume(number: int, _frame: Any) -> None:
     raise SystemExit(EXIT_RESUME)
 
 
+def explain_lost_rank(error: BaseException) -> str | None:
+    """A sentence for the error of a collective whose other end is gone; None for other errors."""
+    if not isinstance(error, RuntimeError) or (fault := connection_fault(error)) is None:
+        return None
+    return (
+        f"rank {os.environ.get('RANK', '0')} {LOST_RANK} ({fault}), which failed first: finished "
+        "work is saved; run the same command again to continue"
+    )
+
+
 def print_error(sentence: str) -> None:
     """Print to stderr. If that fails (the log's disk is full, the terminal is gone), the process
     still ends with its own exit code.
@@ -112,17 +127,15 @@ def print_error(sentence: str) -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with `code`.
+    """End this process with `code`, without Python's own clean-up.
 
-    With several ranks the process skips Python's own clean-up: threads of gloo may still hold
-    tensors of a collective, and a process that finalizes Python meanwhile sometimes aborts after
-    all its work is done (pytorch/pytorch#190489).
+    Of a rank, threads of gloo may still hold tensors of a collective, and a process that finalizes
+    Python meanwhile sometimes aborts after all its work is done (pytorch/pytorch#190489). A forked
+    process would first copy hundreds of megabytes of modules to take them apart.
     """
     # From now on Ctrl-C ends the process at once, without a traceback from Python's clean-up.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if "RANK" not in os.environ:
-        sys.exit(code)
     # A rank that disappears without destroying its process group makes the others wait.
     torch = sys.modules.get("torch")
     if code == 0 and torch is not None and torch.distributed.is_initialized():
@@ -144,7 +157,7 @@ def record_exit(code: int, error: str = "") -> None:
     folder = os.environ.get(EXIT_RECORDS)
     if not folder:
         return
-    rank = f"rank-{os.environ.get('RANK', '0')}"
+    rank = f"rank-{os.environ.get(JOB_RANK) or os.environ.get('RANK', '0')}"
     path = Path(folder) / f"{rank}.{code}.json"
     record = {"code": code, "error": error, "time": time.time(), "node": node_name()}
     # An error here must not hide the one that is recorded.

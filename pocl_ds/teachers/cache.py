@@ -4,147 +4,36 @@ probabilities (`losses.record_codec`).
 
 A hidden state is stored in the teacher's dtype, as `width` numbers per token, or in 8 bits
 (`quantized_states`); logits would need one per vocabulary entry. The rows of a split that a teacher
-is used for are divided into shards, each a range of them; the place of a row in its shard follows
-from the tokenized split. Each row has a checksum, which is verified before its use.
+is used for are divided into shards, each a range of them (`cache_shard`). Each row has a checksum,
+which is verified before its use.
 
 Each teacher has a folder of its own (`TeacherCache`). The manifest of the step names the folders.
 """
 
 from __future__ import annotations
 
-import os
+import sys
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
-from pocl_ds.errors import ArtifactError, ResourceError
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.errors import ArtifactError
+from pocl_ds.teachers.cache_shard import (
+    HALF_PRECISION,
+    STORAGE_DTYPES,
+    CacheShard,
+    OpenShard,
+    StoredRow,
+)
 from pocl_ds.teachers.codecs import read_codec
 from pocl_ds.teachers.quantized_states import QuantizedStates, StateStorage
-from pocl_ds.workflow.files import atomic_write, explain_disk_errors, save_array
-from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest
-
-STEP = "cache-teacher"
-HALF_PRECISION = (torch.bfloat16, torch.float16)
-# numpy has no bfloat16: both half precisions are stored as integers with the same bits.
-STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(np.int16),
-    "float16": np.dtype(np.int16),
-    "uint8": np.dtype(np.uint8),
-}
-
-
-@dataclass(frozen=True)
-class CacheShard:
-    """Some rows of a split in one file, an array [loss tokens of all rows, width].
-
-    rows: ascending, [rows].
-    """
-
-    directory: Path
-    split: str
-    number: int
-    count: int
-    rows: NDArray[np.int64]
-    offsets: NDArray[np.int64]  # first token of each row in the file, and the end: [rows + 1]
-    width: int
-    dtype: str
-
-    @classmethod
-    def for_split(
-        cls,
-        directory: Path,
-        split: TokenizedSplit,
-        rows: NDArray[np.int64],
-        number: int,
-        count: int,
-        width: int,
-        dtype: str,
-    ) -> CacheShard:
-        """Shard `number` of `count` of the cached rows of a split, which are ascending."""
-        places = shard_rows(len(rows), number, count)
-        rows = rows[places.start : places.stop]
-        offsets = np.concatenate([[0], np.cumsum(split.loss_tokens[rows])])
-        return cls(directory, split.name, number, count, rows, offsets, width, dtype)
-
-    @property
-    def name(self) -> str:
-        """The common stem of the names of its files."""
-        return f"{self.split}-{self.number:05d}-of-{self.count:05d}"
-
-    @property
-    def path(self) -> Path:
-        """The file of the outputs."""
-        return self.directory / f"{self.name}.bin"
-
-    @property
-    def checksum_path(self) -> Path:
-        """The file of the rows' CRC-32 checksums: uint32 [rows]."""
-        return self.directory / f"{self.name}.crc.npy"
-
-    @property
-    def manifest_name(self) -> str:
-        """The name of its manifest in the directory."""
-        return f"{self.name}.manifest.json"
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file of the outputs."""
-        return int(self.offsets[-1]) * self._token_bytes
-
-    @property
-    def _token_bytes(self) -> int:
-        return self.width * STORAGE_DTYPES[self.dtype].itemsize
-
-    def place(self, row: int) -> int:
-        """Index of one of its rows."""
-        return int(np.searchsorted(self.rows, row))
-
-    def allocate(self) -> None:
-        """Reserve the file's full size, so that a full disk shows before anything is computed.
-        Raises ResourceError then.
-        """
-        self.path.unlink(missing_ok=True)
-        try:
-            with explain_disk_errors(self.path), self.path.open("wb") as stream:
-                if self.bytes:
-                    os.posix_fallocate(stream.fileno(), 0, self.bytes)
-        except ResourceError:
-            self.path.unlink(missing_ok=True)
-            raise
-
-    def write(self, descriptor: int, row: int, outputs: Tensor) -> int:
-        """Write a row's outputs [loss tokens, width] at their position, and return their checksum.
-
-        descriptor: of the open file.
-        """
-        outputs = outputs.detach().to("cpu").contiguous()
-        if outputs.dtype in HALF_PRECISION:
-            outputs = outputs.view(torch.int16)
-        data = remaining = outputs.numpy().tobytes()
-        position = int(self.offsets[self.place(row)]) * self._token_bytes
-        while remaining:
-            written = os.pwrite(descriptor, remaining, position)
-            remaining, position = remaining[written:], position + written
-        return zlib.crc32(data)
-
-    def finished_manifest(self, fingerprint: str) -> Manifest | None:
-        """Its manifest, or None if it is unfinished, incomplete or of another teacher or data."""
-        manifest = read_manifest(self.directory, self.manifest_name)
-        if (
-            manifest is None
-            or manifest.fingerprint != fingerprint
-            or damaged_files(self.directory, manifest, checksums=False)
-        ):
-            return None
-        return manifest
+from pocl_ds.workflow.files import atomic_write, save_array
+from pocl_ds.workflow.manifest import read_manifest
 
 
 def missing_cache(directory: Path) -> ArtifactError:
@@ -170,11 +59,20 @@ class TeacherCache:
     manifest.
     """
 
-    def __init__(self, directory: Path, splits: list[TokenizedSplit], *, fingerprint: str) -> None:
-        """Raises ArtifactError if the cache or one of its shards is missing, or is that of another
+    def __init__(
+        self,
+        directory: Path,
+        splits: list[TokenizedSplit],
+        *,
+        fingerprint: str,
+        is_copy: bool = False,
+    ) -> None:
+        """is_copy: whether `directory` is a copy of the cache, which the next start repairs.
+
+        Raises ArtifactError if the cache or one of its shards is missing, or is that of another
         teacher or data.
         """
-        self.directory = directory
+        self.directory, self._is_copy = directory, is_copy
         manifest = read_manifest(directory)
         if manifest is None or manifest.fingerprint != fingerprint:
             raise missing_cache(directory)
@@ -187,7 +85,7 @@ class TeacherCache:
         quantized = QuantizedStates.load(directory) if is_quantized else None
         self.storage = StateStorage(quantized=quantized)
         self._rows: dict[str, NDArray[np.int64]] = {}
-        self._shards: dict[str, list[tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]]] = {}
+        self._shards: dict[str, list[OpenShard]] = {}
         self._ends: dict[str, NDArray[np.int64]] = {}  # of the shards, as places in `_rows`
         for split in splits:
             self._rows[split.name] = self._read_rows(split.name)
@@ -196,11 +94,20 @@ class TeacherCache:
                 for number in range(int(manifest.info["shards"]))
             ]
             self._shards[split.name] = shards
-            self._ends[split.name] = np.cumsum([len(shard.rows) for shard, _, _ in shards])
+            self._ends[split.name] = np.cumsum([len(opened.shard.rows) for opened in shards])
 
-    def read(self, split: str, rows: tuple[int, ...]) -> Tensor:
-        """The outputs of some rows, concatenated: [loss tokens, width]."""
-        parts = [self._read_row(split, row)[0] for row in rows]
+    def read(self, split: str, rows: tuple[int, ...], tokens: slice | None = None) -> Tensor:
+        """The outputs of some rows, concatenated: [loss tokens, width]. tokens: read only this
+        range of them.
+        """
+        tokens = tokens or slice(0, sys.maxsize)
+        parts, start = [], 0
+        for row in rows:
+            stored = self._read_row(split, row)
+            first, last = max(tokens.start - start, 0), min(tokens.stop - start, stored.tokens)
+            if first < last:
+                parts.append(stored.decode()[first:last])
+            start += stored.tokens
         empty = np.empty((0, self.width), STORAGE_DTYPES[self.dtype])
         outputs = torch.from_numpy(np.concatenate(parts) if parts else empty)
         dtype = getattr(torch, self.dtype)
@@ -222,18 +129,14 @@ class TeacherCache:
                 f"{split}: remove {self.directory}, and run `pocl cache-teacher`"
             )
         for row in rows:
-            outputs, checksum, shard = self._read_row(split, int(row))
-            if zlib.crc32(outputs.data) != checksum:
-                return (
-                    f"{shard.path} is damaged at row {row} of {split}: remove it and "
-                    f"{self.directory}/manifest.json, and run `pocl cache-teacher`, which writes "
-                    "this shard again"
-                )
+            stored = self._read_row(split, int(row))
+            if zlib.crc32(stored.data.data) != stored.checksum:
+                return self._describe_damage(stored)
         return None
 
     def _open_shard(
         self, split: TokenizedSplit, number: int, count: int, fingerprint: str
-    ) -> tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]:
+    ) -> OpenShard:
         shard = CacheShard.for_split(
             self.directory,
             split,
@@ -242,6 +145,7 @@ class TeacherCache:
             count,
             self.width,
             self.dtype,
+            self.codec,
         )
         if shard.finished_manifest(fingerprint) is None:
             raise ArtifactError(
@@ -249,11 +153,20 @@ class TeacherCache:
                 f"{self.directory}/manifest.json, and run `pocl cache-teacher`, which writes this "
                 "shard again"
             )
-        dtype = STORAGE_DTYPES[self.dtype]
-        outputs: NDArray[Any] = (
-            np.memmap(shard.path, dtype, "r") if shard.bytes else np.empty(0, dtype)
+        lengths = np.load(shard.lengths_path) if self.codec else None
+        return OpenShard(shard, np.load(shard.checksum_path), lengths)
+
+    def _describe_damage(self, stored: StoredRow) -> str:
+        path, place = stored.shard.path, f"row {stored.row} of {stored.shard.split}"
+        if self._is_copy:
+            return (
+                f"{path} is damaged at {place}: run the same command again, which compares the "
+                "copy with the cache and copies it again"
+            )
+        return (
+            f"{path} is damaged at {place}: remove it and {self.directory}/manifest.json, and run "
+            "`pocl cache-teacher`, which writes this shard again"
         )
-        return shard, outputs.reshape(-1, self.width), np.load(shard.checksum_path)
 
     def _read_rows(self, split: str) -> NDArray[np.int64]:
         path = _rows_path(self.directory, split)
@@ -266,11 +179,8 @@ class TeacherCache:
             ) from None
         return rows
 
-    def _read_row(self, split: str, row: int) -> tuple[NDArray[Any], int, CacheShard]:
-        """A row's outputs [loss tokens, width], their checksum, and the shard that holds them."""
+    def _read_row(self, split: str, row: int) -> StoredRow:
+        """A row as it is stored."""
         place = int(np.searchsorted(self._rows[split], row))
         index = int(np.searchsorted(self._ends[split], place, side="right"))
-        shard, outputs, checksums = self._shards[split][index]
-        index_in_shard = shard.place(row)
-        row_outputs = outputs[shard.offsets[index_in_shard] : shard.offsets[index_in_shard + 1]]
-        return row_outputs, int(checksums[index_in_shard]), shard
+        return self._shards[split][index].row(row)

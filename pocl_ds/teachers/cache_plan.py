@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from pocl_ds.config import TeacherConfig
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.teachers.cache import STEP, TeacherCache, missing_cache, write_rows
+from pocl_ds.teachers.cache import TeacherCache, missing_cache, write_rows
+from pocl_ds.teachers.cache_shard import STEP
+from pocl_ds.teachers.local_copy import open_local_copy
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.teachers.routed import (
     RoutedModel,
@@ -28,7 +30,8 @@ from pocl_ds.teachers.routed import (
     models_of_rows,
     models_of_stages,
 )
-from pocl_ds.workflow.manifest import fingerprint, finished_manifest, read_manifest
+from pocl_ds.workflow.files import make_replaceable
+from pocl_ds.workflow.manifest import Manifest, fingerprint, finished_manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -52,9 +55,14 @@ class PlannedCache:
         return resolve_dtype(self.teacher.dtype)
 
     @property
+    def manifest(self) -> Manifest | None:
+        """Its manifest, if all of its shards are written. Rows are verified when they are read."""
+        return finished_manifest(self.directory, self.fingerprint, checksums=False)
+
+    @property
     def is_finished(self) -> bool:
         """Whether all of its shards are written."""
-        return finished_manifest(self.directory, self.fingerprint) is not None
+        return self.manifest is not None
 
 
 def plan_caches(
@@ -128,26 +136,39 @@ def prepare_caches(run: RunDirectory, caches: Sequence[PlannedCache]) -> None:
     run.teacher_cache.mkdir(parents=True, exist_ok=True)
     current = {cache.directory.name for cache in caches}
     for path in run.teacher_cache.iterdir():
-        if path.is_dir() and path.name not in current:
+        is_cache = not path.is_symlink() and any(path.glob("*.rows.npy"))
+        if is_cache and path.name not in current:
             log.info(
                 "%s: removing the cache of another teacher or of other samples: %s", STEP, path
             )
             shutil.rmtree(path, ignore_errors=True)
     for cache in caches:
-        cache.directory.mkdir(exist_ok=True)
+        make_replaceable(cache.directory)
         for split, rows in cache.rows.items():
             if not cache.is_finished:
                 write_rows(cache.directory, split, rows)
 
 
+@dataclass(frozen=True)
+class CacheReference:
+    """The cache that a training reads. fingerprint: of the step. local_copy: of the recipe."""
+
+    fingerprint: str
+    local_copy: str | None = None
+
+
 def open_cache(
-    directory: Path, fingerprint: str, name: str, splits: list[TokenizedSplit]
+    directory: Path,
+    fingerprint: str,
+    name: str,
+    splits: list[TokenizedSplit],
+    local_copy: str | None = None,
 ) -> TeacherCache:
-    """The cache of one teacher.
+    """The cache of one teacher. With `local_copy` all ranks call it together.
 
     directory: teacher_cache/ of the run. fingerprint: of the step. name: a field that names the
     teacher. Raises ArtifactError if the cache is missing, incomplete, or that of other teachers or
-    data.
+    data, and as `open_local_copy`.
     """
     manifest = read_manifest(directory)
     if manifest is None or manifest.fingerprint != fingerprint:
@@ -155,5 +176,12 @@ def open_cache(
     for entry in manifest.info["teachers"]:
         if name in entry["fields"]:
             folder = directory / entry["folder"]
-            return TeacherCache(folder, splits, fingerprint=entry["fingerprint"])
+            if local_copy is not None:
+                folder = open_local_copy(folder, entry["fingerprint"], local_copy)
+            return TeacherCache(
+                folder,
+                splits,
+                fingerprint=entry["fingerprint"],
+                is_copy=local_copy is not None,
+            )
     raise missing_cache(directory)

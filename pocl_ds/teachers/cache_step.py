@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,74 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
+from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.load import resolve_model
 from pocl_ds.models.quantization import check_quantized_teacher
 from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model, read_model_config
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.runtime.formatting import format_size
 from pocl_ds.teachers.cache_plan import PlannedCache, plan_caches, prepare_caches
-from pocl_ds.teachers.cache_writer import fill_cache
+from pocl_ds.teachers.cache_shard import STEP, CacheShard
+from pocl_ds.teachers.cache_writer import check_size, fill_cache
 from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.teachers.quantized_states import SCALE_BYTES
+from pocl_ds.teachers.served_teacher import fill_from_endpoint
 from pocl_ds.teachers.state_sources import SourceFactory
+from pocl_ds.workflow.files import MARK
 from pocl_ds.workflow.manifest import MANIFEST, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
 SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What the step writes: the caches of all teachers, and the shards of each. codec: None for
+    hidden states.
+    """
+
+    splits: list[TokenizedSplit]
+    vocab: VocabMap
+    codec: RecordCodec | None
+    caches: list[PlannedCache]
+    shards: list[list[CacheShard]]
+
+    @property
+    def mode(self) -> str:
+        """The value of teacher.mode of what is stored."""
+        return self.codec.mode if self.codec else "cached_hidden_states"
+
+
+def plan_cache(
+    run: RunDirectory,
+    *,
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    config: TeacherCacheConfig,
+    usage: TeacherUsage,
+    model_fingerprints: Mapping[str, str],
+) -> CacheLayout:
+    """Choose the samples of each teacher, and divide them into shards, whose sizes follow from the
+    tokenized data alone. Arguments as of `cache_teacher`.
+    """
+    sources, student_path = teacher.sources, resolve_model(student)
+    paths = [resolve_model(source) for source in sources]
+    for source, path in zip(sources, paths, strict=True):
+        check_quantized_teacher(teacher, read_model_config(path, source))
+    splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
+    vocab = VocabMap.from_alignment(
+        align_teacher_vocabularies(list(zip(sources, paths, strict=True)), student, student_path)
+    )
+    codec = build_codec(teacher.mode, config, vocab.size, usage.temperatures)
+    if codec:
+        codec.validate(int(vocab.allowed.sum()))
+    caches = plan_caches(run, teacher, paths, splits, usage, model_fingerprints)
+    shards = [plan_shards(cache, splits, config, codec) for cache in caches]
+    return CacheLayout(splits, vocab, codec, caches, shards)
 
 
 def cache_teacher(
@@ -60,43 +111,42 @@ def cache_teacher(
     ranks first measure whether a cache saves time. Raises RecipeError for a shard that does not
     exist or a `top_k` that is too large, ResourceError for a full disk.
     """
-    # Return if the step is finished, and check the settings.
+    # Return if the step is finished.
     if finished_manifest(run.teacher_cache, fingerprint):
         return
     _check_shard(shard, config.shards)
     if distributed.world_size() > 1:
         start_deepspeed()
-    sources, student_path = teacher.sources, resolve_model(student)
-    paths = [resolve_model(source) for source in sources]
-    for source, path in zip(sources, paths, strict=True):
-        check_quantized_teacher(teacher, read_model_config(path, source))
-
-    # Choose the samples of each teacher, and divide them into shards, whose sizes follow from the
-    # tokenized data alone.
-    splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
-    vocab = VocabMap.from_alignment(
-        align_teacher_vocabularies(list(zip(sources, paths, strict=True)), student, student_path)
+    layout = plan_cache(
+        run,
+        teacher=teacher,
+        student=student,
+        config=config,
+        usage=usage,
+        model_fingerprints=model_fingerprints,
     )
-    codec = build_codec(teacher.mode, config, vocab.size, usage.temperatures)
-    if codec:
-        codec.validate(int(vocab.allowed.sum()))
-    caches = plan_caches(run, teacher, paths, splits, usage, model_fingerprints)
+    splits, codec, caches, shards = layout.splits, layout.codec, layout.caches, layout.shards
     with distributed.raise_on_all_ranks("prepare the teacher cache"):
         if distributed.rank() == 0:
             prepare_caches(run, caches)
     distributed.barrier()
-    shards = [_plan_shards(cache, splits, config, codec) for cache in caches]
 
     # Write the unfinished shards, one teacher at a time, and then the manifests.
-    mode = codec.mode if codec else "cached_hidden_states"
     longest = max(int(split.total_tokens.max(initial=1)) for split in splits)
     infos: list[dict[str, Any]] = []
     for cache, own in zip(caches, shards, strict=True):
-        infos.append({"mode": mode, "backend": config.backend, **_codec_info(cache, codec)})
-        if unfinished := _unfinished_shards(cache, own, shard):
+        infos.append({"mode": layout.mode, "backend": config.backend, **codec_info(cache, codec)})
+        unfinished = _unfinished_shards(cache, own, shard)
+        if unfinished and cache.teacher.endpoint:
+            assert isinstance(codec, TopKCodec)
+            check_size(own, config.max_disk_gb)
+            infos[-1] |= fill_from_endpoint(
+                cache.teacher, codec, layout.vocab, splits, unfinished, cache.fingerprint
+            )
+        elif unfinished:
             infos[-1] |= fill_cache(
                 cache.directory,
-                SourceFactory(cache.teacher, cache.model.path, vocab, config, longest, load),
+                SourceFactory(cache.teacher, cache.model.path, layout.vocab, config, longest, load),
                 codec,
                 splits,
                 list(itertools.chain(*shards)),
@@ -111,12 +161,12 @@ def cache_teacher(
             write_manifest(run.teacher_cache, STEP, fingerprint, info=infos[0], files=[])
         else:
             for cache, own, info in zip(caches, shards, infos, strict=True):
-                _finish_cache(cache, own, codec, info)
-            _finish_step(run, caches, mode, fingerprint)
+                finish_cache(cache, own, codec, info)
+            finish_step(run, caches, layout.mode, fingerprint)
     distributed.barrier()
 
 
-def _codec_info(cache: PlannedCache, codec: RecordCodec | None) -> dict[str, Any]:
+def codec_info(cache: PlannedCache, codec: RecordCodec | None) -> dict[str, Any]:
     """What readers must know of the stored outputs besides width and dtype."""
     return {"codec": vars(codec)} if codec else {"state_dtype": cache.state_dtype}
 
@@ -144,7 +194,7 @@ def _check_shard(shard: int | None, count: int) -> None:
         )
 
 
-def _plan_shards(
+def plan_shards(
     cache: PlannedCache,
     splits: Sequence[TokenizedSplit],
     config: TeacherCacheConfig,
@@ -154,7 +204,14 @@ def _plan_shards(
     width, dtype = (codec.bytes, "uint8") if codec else _state_layout(cache, config.hidden_dtype)
     return [
         CacheShard.for_split(
-            cache.directory, split, cache.rows[split.name], number, config.shards, width, dtype
+            cache.directory,
+            split,
+            cache.rows[split.name],
+            number,
+            config.shards,
+            width,
+            dtype,
+            codec,
         )
         for split in splits
         for number in range(config.shards)
@@ -171,11 +228,12 @@ def _state_layout(cache: PlannedCache, hidden_dtype: str) -> tuple[int, str]:
     return int(width), cache.state_dtype if hidden_dtype == "model" else hidden_dtype
 
 
-def _finish_cache(
+def finish_cache(
     cache: PlannedCache, shards: list[CacheShard], codec: RecordCodec | None, info: dict[str, Any]
 ) -> None:
     """Write the manifest of a teacher's cache if its shards are finished, and remove shards of
-    another division. info: its `mode`; the sizes and the error of records are added.
+    another division. info: its `mode`, and the `error` of outputs that were imported; the sizes
+    are added, and the error of records that were made here.
     """
     if cache.is_finished or not all(shard.finished_manifest(cache.fingerprint) for shard in shards):
         return
@@ -183,7 +241,12 @@ def _finish_cache(
     current = {
         path.name
         for shard in shards
-        for path in (shard.path, shard.checksum_path, cache.directory / shard.manifest_name)
+        for path in (
+            shard.path,
+            shard.checksum_path,
+            shard.lengths_path,
+            cache.directory / shard.manifest_name,
+        )
     }
     for path in cache.directory.glob("*-of-*"):
         if path.name not in current:
@@ -196,30 +259,31 @@ def _finish_cache(
         "width": shards[0].width,
         "dtype": shards[0].dtype,
         "tokens": tokens,
-        "bytes": sum(shard.bytes for shard in shards),
+        "bytes": sum(shard.path.stat().st_size for shard in shards),
     }
     log.info(
-        "%s: %s: %.3f GB, %d bytes for each of %d tokens",
+        "%s: %s: %s, %d bytes for each of %d tokens",
         STEP,
         cache.model.label,
-        info["bytes"] / 1e9,
+        format_size(info["bytes"]),
         info["bytes"] // max(tokens, 1),
         tokens,
     )
-    if codec:
+    if codec and "error" not in info:
         info["error"] = _mean_error(shards, codec, tokens, cache.fingerprint)
     files = [*cache.directory.glob("*.npy"), *(cache.directory / "head").glob("*")]
-    files = [path for path in files if "-of-" not in path.name]  # a shard has its own manifest
+    # A shard has its own manifest, and a mark no content.
+    files = [path for path in files if "-of-" not in path.name and path.name != MARK]
     write_manifest(cache.directory, STEP, cache.fingerprint, info=info, files=sorted(files))
 
 
-def _finish_step(
+def finish_step(
     run: RunDirectory, caches: Sequence[PlannedCache], mode: str, fingerprint: str
 ) -> None:
     """Write the step's manifest, which names the folder of each teacher, if all are finished."""
     teachers = []
     for cache in caches:
-        manifest = finished_manifest(cache.directory, cache.fingerprint)
+        manifest = cache.manifest
         if manifest is None:
             return
         teachers.append(

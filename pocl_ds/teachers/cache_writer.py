@@ -18,15 +18,15 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ResourceError
 from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.runtime import distributed
+from pocl_ds.runtime.formatting import format_size
 from pocl_ds.runtime.hashing import token_keys
 from pocl_ds.runtime.progress import Progress
-from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.teachers.cache_shard import STEP, CacheShard
 from pocl_ds.teachers.mode_selection import TeacherUsage, measure_and_select_mode
 from pocl_ds.teachers.quantized_states import StateStorage
 from pocl_ds.teachers.state_sources import HiddenStateSource, SourceFactory
 from pocl_ds.teachers.state_storage import prepare_storage
-from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
-from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, write_json
 
 LOGIT_BYTES = 256 << 20  # of the logits that are encoded at once
 
@@ -67,7 +67,7 @@ def fill_cache(
             if backend != "transformers":
                 stack.close()
                 source = None
-        _check_size(shards, sources.config.max_disk_gb)
+        check_size(shards, sources.config.max_disk_gb)
 
         # Fill the cache.
         if source is None:
@@ -98,11 +98,12 @@ def _largest_split(
     return max(zip(splits, rows, strict=True), key=lambda pair: len(pair[1]))
 
 
-def _check_size(shards: list[CacheShard], max_disk_gb: float | None) -> None:
+def check_size(shards: Sequence[CacheShard], max_disk_gb: float | None) -> None:
+    """Raise ResourceError if the shards of all teachers exceed teacher_cache.max_disk_gb."""
     size = sum(shard.bytes for shard in shards)
     if max_disk_gb is not None and size > max_disk_gb * 1e9:
         raise ResourceError(
-            f"the teacher cache needs {size / 1e9:.3f} GB, more than "
+            f"the teacher cache needs {format_size(size)}, more than "
             f"teacher_cache.max_disk_gb={max_disk_gb:g}: raise it, or set teacher.mode to "
             "cached_topk, auto or online"
         )
@@ -167,7 +168,7 @@ class CacheWriter:
                         if other.finished_manifest(fingerprint) is None
                     )
                     raise ResourceError(
-                        f"{error}; this teacher's unfinished shards need {missing / 1e9:.3f} GB"
+                        f"{error}; this teacher's unfinished shards need {format_size(missing)}"
                     ) from None
         distributed.barrier()
 
@@ -197,24 +198,13 @@ class CacheWriter:
         # Join the ranks' checksums: each rank has zeros for the rows of the others.
         device = distributed.device()
         all_checksums = distributed.all_sum(checksums.to(device)).cpu().numpy().astype(np.uint32)
-        info: dict[str, Any] = {"samples": len(shard.rows), "seconds": time.monotonic() - start}
+        info: dict[str, Any] = {"seconds": time.monotonic() - start}
         if self.codec:
             info["error"] = distributed.all_sum(error.to(device)).tolist()
         distributed.barrier()
 
-        # Write the checksums, then the manifest, which marks the shard as finished.
         if distributed.rank() == 0:
-            path = shard.checksum_path
-            with explain_disk_errors(path), path.open("wb") as file:
-                save_array(file, all_checksums)
-            write_manifest(
-                shard.directory,
-                STEP,
-                fingerprint,
-                name=shard.manifest_name,
-                files=[shard.path, path],
-                info=info,
-            )
+            shard.finish(all_checksums, fingerprint, info)
 
     def _write_rows(
         self,

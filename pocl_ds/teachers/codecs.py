@@ -21,7 +21,7 @@ def build_codec(
     part.
     """
     if mode == TopKCodec.mode:
-        return TopKCodec(config.top_k, size, temperatures)
+        return TopKCodec(config.top_k, size, temperatures, config.top_p)
     if mode == SampledCodec.mode:
         return SampledCodec(config.num_samples, size, temperatures)
     return None

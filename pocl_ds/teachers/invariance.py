@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pocl_ds.config import TeacherConfig
 from pocl_ds.data.batches import Batch
@@ -16,9 +18,22 @@ from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.losses.cross_tokenizer import label_log_probs
 from pocl_ds.models.batch_invariance import check_batch_invariance
 from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.log_probs import LOGIT_ROWS
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.teacher import OnlineTeacher
+
+
+class CheckedTeacher(Protocol):
+    """A teacher with a single head."""
+
+    vocab: VocabMap
+
+    def outputs(self, batch: Batch) -> Tensor:
+        """See `Teacher`."""
+
+    def head(self) -> contextlib.AbstractContextManager[OutputHead]:
+        """See `Teacher`."""
 
 
 def teacher_dtype(config: TeacherConfig) -> str:
@@ -28,7 +43,7 @@ def teacher_dtype(config: TeacherConfig) -> str:
 
 def check_teacher(
     label: str,
-    teacher: OnlineTeacher,
+    teacher: CheckedTeacher,
     dataset: TokenizedDataset,
     rows: Sequence[int],
     batch_of: Callable[[Sequence[int]], Batch],
@@ -57,7 +72,7 @@ def check_teacher(
         )
 
 
-def _log_probs(teacher: OnlineTeacher, batch: Batch, samples: int) -> list[NDArray[Any]]:
+def _log_probs(teacher: CheckedTeacher, batch: Batch, samples: int) -> list[NDArray[Any]]:
     """Log-probabilities of the loss tokens of each of the batch's samples, over all ids of the
     teacher.
     """

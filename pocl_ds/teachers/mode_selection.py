@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ResourceError
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import CacheShard
+from pocl_ds.runtime.formatting import format_size
+from pocl_ds.teachers.cache_shard import CacheShard
 from pocl_ds.teachers.state_sources import HiddenStateSource
 from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
 
@@ -71,8 +72,8 @@ class ModeCosts:
 def select_mode(costs: ModeCosts) -> tuple[str, str]:
     """The faster `teacher.mode`, "online" or "cached_hidden_states", and the reason."""
     sizes = (
-        f"{costs.cache_bytes / 1e9:.2f} GB of hidden states, "
-        f"{costs.usable_bytes / 1e9:.2f} GB of usable disk space"
+        f"{format_size(costs.cache_bytes)} of hidden states, "
+        f"{format_size(costs.usable_bytes)} of usable disk space"
     )
     if costs.cache_bytes > costs.usable_bytes:
         return "online", f"{sizes}: they do not fit"

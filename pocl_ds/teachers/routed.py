@@ -25,11 +25,12 @@ from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.data.split_sources import read_split_domains
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime import distributed
+from pocl_ds.teachers.remote import RemoteTeacher
 from pocl_ds.teachers.teacher import CachedTeacher, OnlineTeacher
 
 log = logging.getLogger("pocl_ds")
 
-SingleTeacher: TypeAlias = OnlineTeacher | CachedTeacher
+SingleTeacher: TypeAlias = OnlineTeacher | CachedTeacher | RemoteTeacher
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class StageTeachers:
     ) -> None:
         self.models, self.model_of_stage, self._load = tuple(models), tuple(model_of_stage), load
         # Called with each model that was loaded, and its path.
-        self.on_load: list[Callable[[OnlineTeacher, str], None]] = []
+        self.on_load: list[Callable[[OnlineTeacher | RemoteTeacher, str], None]] = []
         self._teacher: SingleTeacher | None = None
         self._number = -1  # of the teacher in memory
 
@@ -119,6 +120,8 @@ class StageTeachers:
         start = time.monotonic()
         model = self.models[number]
         self._teacher, self._number = self._load(model), number
+        if isinstance(self._teacher, RemoteTeacher):
+            self._teacher.wait_until_loaded()
         seconds = time.monotonic() - start
         log.info("stage %d has the teacher %s: seconds=%.1f", stage + 1, model.path, seconds)
         if not isinstance(self._teacher, CachedTeacher):

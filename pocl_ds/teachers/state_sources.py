@@ -24,7 +24,7 @@ from pocl_ds.models.heads import OutputHead, supports_packing
 from pocl_ds.models.recipe_model import ModelLoader, zero_sizes
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import STEP
+from pocl_ds.teachers.cache_shard import STEP
 from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
 from pocl_ds.teachers.routed import free_memory
 from pocl_ds.teachers.teacher import OnlineTeacher

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import STEP
+from pocl_ds.teachers.cache_shard import STEP
 from pocl_ds.teachers.quantized_states import (
     FILE,
     QuantizedStates,

@@ -77,13 +77,7 @@ class OnlineTeacher:
 
     def outputs(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
-        if batch.teacher_view:
-            own_batch = batch.teacher_view.batch
-        elif batch.teacher_batch:
-            own_batch = batch.teacher_batch
-        else:
-            own_batch = replace(batch, input_ids=self.vocab.teacher_inputs(batch.input_ids))
-        hidden: Tensor = self.engine.forward(own_batch)
+        hidden: Tensor = self.engine.forward(teacher_batch(batch, self.vocab))
         return hidden
 
     @contextlib.contextmanager
@@ -98,6 +92,11 @@ class OnlineTeacher:
         self.engine.close()
 
 
+def normalized(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights of an ensemble, divided by their sum."""
+    return tuple(weight / sum(weights) for weight in weights)
+
+
 class TeacherEnsemble:
     """Several online teachers that read the same tokens; the target is the mixture of their
     distributions (docs/method.md, eq. 22).
@@ -105,7 +104,7 @@ class TeacherEnsemble:
 
     def __init__(self, teachers: Sequence[OnlineTeacher], weights: Sequence[float]) -> None:
         self.teachers = tuple(teachers)
-        self.weights = tuple(weight / sum(weights) for weight in weights)
+        self.weights = normalized(weights)
 
     def find_damage(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`. Models can read any row."""
@@ -120,6 +119,11 @@ class TeacherEnsemble:
         with contextlib.ExitStack() as stack:
             heads = tuple(stack.enter_context(teacher.head()) for teacher in self.teachers)
             yield HeadMixture(heads, self.weights)
+
+    def close(self) -> None:
+        """Release the models, so that they are freed with their last owner."""
+        for teacher in self.teachers:
+            teacher.close()
 
 
 class CachedTeacher:
@@ -150,13 +154,15 @@ class CachedTeacher:
 
     def read(self, dataset: TokenizedDataset, batch: Batch) -> Batch:
         """The batch, made from rows of `dataset`, with its cached outputs on the host."""
-        return replace(batch, teacher_outputs=self.cache.read(dataset.name, batch.rows))
+        outputs = self.cache.read(dataset.name, batch.rows, batch.loss_token_range)
+        return replace(batch, teacher_outputs=outputs)
 
     def outputs(self, batch: Batch) -> Tensor:
         """See `Teacher`. They are read now, unless the batch brings them."""
         outputs = batch.teacher_outputs
         if outputs is None:
-            outputs = self.cache.read(batch.split, batch.rows).to(distributed.device())
+            outputs = self.cache.read(batch.split, batch.rows, batch.loss_token_range)
+            outputs = outputs.to(distributed.device())
         return self.cache.decode(outputs)
 
     @contextlib.contextmanager
@@ -166,6 +172,15 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Do nothing: the cache is closed with its last owner."""
+
+
+def teacher_batch(batch: Batch, vocab: VocabMap) -> Batch:
+    """The batch as a teacher reads it: in its own tokens or ids, or with its own prompts."""
+    if batch.teacher_view:
+        return batch.teacher_view.batch
+    if batch.teacher_batch:
+        return batch.teacher_batch
+    return replace(batch, input_ids=vocab.teacher_inputs(batch.input_ids))
 
 
 def verify_damage(damage: str | None) -> None:

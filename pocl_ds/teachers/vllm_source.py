@@ -38,7 +38,7 @@ from pocl_ds.models.quantization import quantization_method
 from pocl_ds.models.recipe_model import read_model_config
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import STEP
+from pocl_ds.teachers.cache_shard import STEP
 from pocl_ds.teachers.invariance import teacher_dtype
 
 log = logging.getLogger("pocl_ds")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
 from pocl_ds.curriculum.plan_step import read_scores
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
+from pocl_ds.data.thought_spans import ThoughtFinder
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
@@ -33,6 +35,7 @@ from pocl_ds.models.recipe_model import (
     read_model_config,
     zero_sizes,
 )
+from pocl_ds.models.sequence_shards import check_heads
 from pocl_ds.models.token_checks import check_split, rows_by_reader
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.policies import POLICIES
@@ -40,13 +43,16 @@ from pocl_ds.rollouts.rollout import RolloutWorker
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
 from pocl_ds.training.checkpoint import Checkpoints
-from pocl_ds.training.compilation import compile_layers
+from pocl_ds.training.compilation import prepare_layers
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout, choose_layout
 from pocl_ds.training.memory_check import MemoryDemand, check_memory
 from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
+from pocl_ds.training.remote_loading import teacher_client
+from pocl_ds.training.request_ahead import TeacherRequests
 from pocl_ds.training.responses import ResponseSource, check_rollout_backend
+from pocl_ds.training.sample_flops import SampleFlops, flops_of_training
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.stage_ranking import StageRanking
 from pocl_ds.training.student import Student
@@ -59,6 +65,7 @@ from pocl_ds.training.teachers_of_run import (
     quantized_teachers,
     teacher_is_sharded,
 )
+from pocl_ds.training.thought_weights import ThoughtWeights
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.training.utilization import measure_utilization
@@ -107,41 +114,54 @@ def build_trainer(
     vocab = align_vocabularies(training)
     _check_tokens(training, splits, vocab)
     _check_chunk_memory(training, vocab)
+    student_source = training.student.model_copy(update={"model": training.student_path})
+    for source in (student_source, *training.online_teachers):
+        config = read_model_config(source.model, source)
+        check_heads(config, training.train.sequence_parallel_size)
 
-    # Load the teacher, then the student.
+    # Load the teacher, then the student. A teacher with ranks of its own loads at the same time.
+    has_own_ranks = bool(training.teacher and training.teacher.placement == "own_ranks")
     cached_splits = [splits.train, splits.validation]
     teacher = build_teacher(run, training, cached_splits, vocab, load)
     engine = _build_engine(training, vocab, load)
     student: Any = engine.module
-    teacher_models = loaded_models(teacher)
+    training_models = TrainingModels(engine, teacher)
+    training_models.wait_for_teachers()
 
     # Choose the layout of micro-batches, and assemble the data and the schedule.
     lengths = np.asarray(splits.train.total_tokens, np.int64)
     sampler = Sampler(
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
-    models = [student.model, *models_for_layout(training, teacher)]
+    teacher_models = models_for_layout(training, teacher)
+    models = [student.model, *teacher_models]
     layout = choose_layout(training.train, sampler, lengths, models)
     if layout.packed:
-        for model in (student.model, *teacher_models):
-            log_kernel(model, distributed.device())
+        _log_kernels([student.model, *loaded_models(teacher)])
         if isinstance(teacher, StageTeachers):
-            teacher.on_load.append(lambda loaded, _: log_kernel(loaded.model, distributed.device()))
-    data = _training_data(training, splits, layout)
+            teacher.on_load.append(lambda loaded, _: _log_kernels(loaded_models(loaded)))
+    flops = flops_of_training(training)
+    data = _training_data(training, splits, layout, flops)
+    data.thought_weights = _thought_weights(training)
     if isinstance(teacher, DomainTeachers):
         data.teacher_of_row = teacher.model_of_row
     data.teacher_reader = build_teacher_reader(run, training, teacher, teacher_models, vocab)
+    if has_own_ranks:
+        ahead = teacher_client().schedule.requests_ahead
+        data.teacher_requests = TeacherRequests(training_models.remote_teacher_of, ahead)
     rescoring = training.rescoring
     first_ranked_stage = rescoring.from_stage - 1 if rescoring else math.inf
-    # Batches with cached outputs are made while the teacher of their stage is open.
+    # Batches with cached outputs, or outputs that are requested early, are made while the teacher
+    # of their stage is open.
     schedule = TrainingSchedule(
         training.plan,
         sampler,
         training.train,
         first_ranked_stage,
-        prepares_next_stage=not (isinstance(teacher, StageTeachers) and training.teacher_cache),
+        prepares_next_stage=not (
+            isinstance(teacher, StageTeachers) and (training.teacher_cache or has_own_ranks)
+        ),
     )
-    training_models = TrainingModels(engine, teacher)
     monitor = TrainingMonitor(training.directory, training.label, training.train)
     stage_ranking = None
     if rescoring:
@@ -172,12 +192,19 @@ def build_trainer(
             dtype=training.student.dtype,
         ),
         monitor,
-        measure_utilization(training),
+        measure_utilization(training, flops),
         stage_ranking,
     )
 
 
-def _training_data(training: TrainingRun, splits: _Splits, layout: Layout) -> TrainingData:
+def _log_kernels(models: Sequence[Any]) -> None:
+    for model in models:
+        log_kernel(model, distributed.device())
+
+
+def _training_data(
+    training: TrainingRun, splits: _Splits, layout: Layout, flops: SampleFlops | None
+) -> TrainingData:
     return TrainingData(
         splits.train,
         splits.validation if len(splits.validation) else None,
@@ -185,7 +212,16 @@ def _training_data(training: TrainingRun, splits: _Splits, layout: Layout) -> Tr
         training.train.micro_batch_size,
         training.train.micro_batch_tokens,
         teacher_responses=splits.teacher_responses,
+        sample_flops=flops,
     )
+
+
+def _thought_weights(training: TrainingRun) -> ThoughtWeights | None:
+    if training.loss.thought_weight == 1:
+        return None
+    trust = training.student.trust_remote_code
+    tokenizer = load_tokenizer(training.student_path, trust_remote_code=trust)
+    return ThoughtWeights(ThoughtFinder(tokenizer), training.loss.thought_weight)
 
 
 def _response_source(
@@ -244,8 +280,9 @@ def _memory_demand(training: TrainingRun, splits: _Splits) -> MemoryDemand:
     train, student, policy = training.train, training.student, training.policy
     longest = int(splits.train.total_tokens.max(initial=1))
     micro_batch_tokens = train.micro_batch_tokens or train.micro_batch_size * longest
+    rank_tokens = -(-micro_batch_tokens // train.sequence_parallel_size)
     config = read_model_config(training.student_path, student)
-    logit_bytes = LOGIT_BYTES * embedding_rows(config) * micro_batch_tokens
+    logit_bytes = LOGIT_BYTES * embedding_rows(config) * rank_tokens
     return MemoryDemand(
         student.model_copy(update={"model": training.student_path}),
         quantized_teachers(training),
@@ -278,11 +315,12 @@ def _build_engine(training: TrainingRun, vocab: VocabMap, load: ModelLoader) -> 
         log.info("%s", add_adapters(model, student.lora, training.seed))
     if student.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compile_layers(model, train)
+    prepare_layers(model, train)
     module = Student(
         model,
         vocab.to(distributed.device()),  # DeepSpeed moves no buffers of a model that it shards
         chunk_bytes=training.loss.chunk_bytes,
         split=training.loss.fused,
+        offload=student.activation_offloading,
     ).train()
     return DeepSpeedEngine(module, train, config) if uses_deepspeed else TorchEngine(module, train)

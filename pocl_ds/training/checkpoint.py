@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ from pocl_ds.config import CheckpointConfig
 from pocl_ds.engines.protocol import Engine, WriteFiles
 from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 from pocl_ds.runtime import distributed
+from pocl_ds.training.checkpoint_files import (
+    DAMAGED,
+    PARTIAL,
+    STATE,
+    checkpoint_name,
+    checkpoint_steps,
+    readable_manifest,
+    verify_checkpoint,
+)
 from pocl_ds.workflow.files import (
     disk_is_full,
     explain_disk_errors,
@@ -34,17 +43,10 @@ from pocl_ds.workflow.files import (
     read_json,
     write_json,
 )
-from pocl_ds.workflow.manifest import (
-    MANIFEST,
-    Manifest,
-    damaged_files,
-    package_versions,
-    read_manifest,
-)
+from pocl_ds.workflow.manifest import MANIFEST, Manifest, package_versions, save_manifest
 
 log = logging.getLogger("pocl_ds")
 
-PREFIX, PARTIAL, DAMAGED, STATE = "step-", ".partial", ".damaged", "trainer.json"
 # A checkpoint of another number of ranks, converted; the next save removes it.
 RESHARDED = "resharded"
 MAX_FAILURES = 2  # failed saves in a row that stop a run
@@ -161,12 +163,11 @@ class Checkpoints:
 
     def step_directory(self, step: int) -> Path:
         """The directory of the checkpoint of a step."""
-        return self.directory / f"{PREFIX}{step:08d}"
+        return self.directory / checkpoint_name(step)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and not p.suffix)
-        return sorted(int(name.removeprefix(PREFIX)) for name in names)
+        return checkpoint_steps(self.directory)
 
     def _make_directory(self, partial: Path) -> str | None:
         """Make an empty directory; returns why that failed."""
@@ -252,7 +253,7 @@ class Checkpoints:
         manifest = Manifest("checkpoint", self.fingerprint, files, info, package_versions())
         final = save.partial.with_suffix("")
         try:
-            write_json(save.partial / MANIFEST, asdict(manifest))
+            save_manifest(save.partial / MANIFEST, manifest)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(save.partial, final)
             fsync_path(self.directory)
@@ -284,18 +285,20 @@ class Checkpoints:
         """Path, step, ranks and policy state of the newest verified checkpoint; a message if none
         can be used; None if there is none.
         """
-        for leftover in self.directory.glob(f"*{PARTIAL}"):
+        for step in checkpoint_steps(self.directory, PARTIAL):
+            leftover = self.step_directory(step).with_suffix(PARTIAL)
             log.info("removing %s, an incomplete checkpoint of an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
         # The newest checkpoint whose files are intact; damaged ones are skipped.
-        steps, damaged = self.steps(), []
+        steps, damaged, problem = self.steps(), list[Path](), ""
         for step in reversed(steps):
             # Verify the files of the checkpoint against its manifest.
             path = self.step_directory(step)
-            manifest, faults = _verify(path)
+            manifest, faults = verify_checkpoint(path)
             if faults or manifest is None:
-                problem = "; ".join(faults)
-                log.warning("checkpoint %s is damaged (%s): trying the previous one", path, problem)
+                fault = "; ".join(faults[:3])
+                problem = problem or fault
+                log.warning("checkpoint %s is damaged (%s): trying the previous one", path, fault)
                 damaged.append(path)
                 continue
             if manifest.fingerprint != self.fingerprint:
@@ -314,8 +317,8 @@ class Checkpoints:
             return {"path": str(path), **{key: state[key] for key in ("step", "ranks", "policy")}}
         if steps:
             return (
-                f"none of the checkpoints in {self.directory} is intact: remove that directory to "
-                f"train from the start"
+                f"none of the checkpoints in {self.directory} is intact (the newest: {problem}): "
+                "restore one, or remove that directory to train from the start"
             )
         return None
 
@@ -339,8 +342,8 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Remove checkpoints that keep_last, keep_every_n_steps and keep_best do not keep."""
-        for damaged in self.directory.glob(f"*{DAMAGED}"):
-            shutil.rmtree(damaged, ignore_errors=True)
+        for step in checkpoint_steps(self.directory, DAMAGED):
+            shutil.rmtree(self.step_directory(step).with_suffix(DAMAGED), ignore_errors=True)
         steps, config = self.steps(), self.config
         retained = set(steps[-config.keep_last :])
         if config.keep_every_n_steps:
@@ -348,35 +351,13 @@ class Checkpoints:
         if config.keep_best:
             losses = {}
             for step in steps:
-                manifest = _read_manifest(self.step_directory(step))
+                manifest = readable_manifest(self.step_directory(step))
                 if manifest and "validation_loss" in manifest.info:
                     losses[step] = manifest.info["validation_loss"]
             if losses:
                 retained.add(min(losses, key=lambda step: losses[step]))
         for step in set(steps) - retained:
             shutil.rmtree(self.step_directory(step), ignore_errors=True)
-
-
-def _verify(path: Path) -> tuple[Manifest | None, list[str]]:
-    """A checkpoint's manifest, and what is wrong with the checkpoint."""
-    try:
-        manifest = _read_manifest(path)
-        if manifest is None:
-            return None, ["manifest.json is missing or damaged"]
-        return manifest, damaged_files(path, manifest)
-    except OSError as error:
-        return None, [f"it cannot be read ({error.strerror})"]
-
-
-def _read_manifest(path: Path) -> Manifest | None:
-    """A checkpoint's manifest, None if it is missing or no JSON. Raises ArtifactError for one of
-    another program or schema.
-    """
-    try:
-        read_json(path / MANIFEST)
-    except ArtifactError:
-        return None
-    return read_manifest(path)
 
 
 def _disk_error(error: Exception) -> str | None:

@@ -14,11 +14,12 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.models.batch_invariance import check_batch_invariance, choose_samples
 from pocl_ds.rollouts.student_log_probs import student_log_probs
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
+from pocl_ds.teachers.invariance import CheckedTeacher, check_teacher, teacher_dtype
+from pocl_ds.teachers.remote import RemoteTeacher
 from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
-from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
+from pocl_ds.teachers.teacher import CachedTeacher, TeacherEnsemble
 from pocl_ds.training.data import TrainingData
-from pocl_ds.training.models import TrainingModels
+from pocl_ds.training.models import NoTeacher, TrainingModels
 from pocl_ds.training.training_run import TrainingRun
 
 
@@ -39,8 +40,10 @@ def check_models(
     def batch_of(batch_rows: Sequence[int]) -> Batch:
         return data.batch(data.train, np.array(batch_rows, np.int64))
 
-    def check(member: OnlineTeacher, path: str) -> None:
+    def check(member: CheckedTeacher | RemoteTeacher, path: str) -> None:
         assert training.teacher is not None
+        if isinstance(member, RemoteTeacher):
+            (member,) = member.members
         label, dtype = f"{training.label}: the teacher {path}", teacher_dtype(training.teacher)
         info[path] = check_teacher(label, member, data.train, rows, batch_of, dtype=dtype)
 
@@ -49,10 +52,12 @@ def check_models(
     members: Sequence[tuple[Any, str]] = [(teacher, path) for path in training.teacher_paths[:1]]
     if isinstance(teacher, TeacherEnsemble):
         members = list(zip(teacher.teachers, training.teacher_paths, strict=True))
+    elif isinstance(teacher, RemoteTeacher):
+        members = list(zip(teacher.members, training.teacher_paths, strict=True))
     elif isinstance(teacher, DomainTeachers):
         members = [(own, teacher.models[place].path) for place, own in teacher.teachers.items()]
     for member, path in members:
-        if isinstance(member, OnlineTeacher):
+        if not isinstance(member, (CachedTeacher, StageTeachers, NoTeacher)):
             check(member, path)
     return info
 

@@ -16,7 +16,7 @@ from pocl_ds.curriculum.micro_batches import assign_micro_batches
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import sequence_parallel
 
 log = logging.getLogger("pocl_ds")
 
@@ -39,8 +39,8 @@ def choose_layout(
     """The layout that the recipe names, or with `auto`: packed if the models' attention allows it.
 
     If attention covers one sample at a time, packing never costs more than padding.
-    lengths: tokens of each row, [rows]. Raises RecipeError if the recipe asks for
-    packing and a model cannot keep packed samples apart.
+    lengths: tokens of each row, [rows]. Raises RecipeError if the recipe asks for packing and a
+    model cannot keep packed samples apart.
     """
     unsupported = next((model.config for model in models if not supports_packing(model)), None)
     attention = attn_implementation(unsupported) if unsupported is not None else None
@@ -93,7 +93,7 @@ def _padded_micro_batches(
     for batch in batches:
         assignment = assign_micro_batches(
             batch,
-            ranks=distributed.world_size(),
+            ranks=sequence_parallel.data_parallel_size(),
             micro_batch_size=train.micro_batch_size,
             micro_batch_tokens=train.micro_batch_tokens,
             packed=False,

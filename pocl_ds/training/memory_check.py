@@ -16,6 +16,8 @@ from pocl_ds.models.load import empty_model, load_model_config
 from pocl_ds.models.lora import adapter_parameters, target_linear_modules
 from pocl_ds.models.memory import frozen_weight_bytes, student_state_bytes
 from pocl_ds.runtime import distributed
+from pocl_ds.runtime.formatting import format_size
+from pocl_ds.runtime.job_roles import job_roles
 
 STUDENT_DTYPE = "float32"  # the only one on CPUs
 # Beside its weights, a rollout worker needs an interpreter and its cache of keys and values.
@@ -43,8 +45,12 @@ class MemoryDemand:
     saved_rollout_weights: bool = False  # one rank holds the worker's weights for checkpoints
     lora: LoraConfig | None = None
 
-    def bytes_on_node(self, ranks: int, total_ranks: int) -> float:
-        """Bytes that `ranks` ranks on one machine need, of `total_ranks` in the training."""
+    def bytes_on_node(
+        self, ranks: int, total_ranks: int, teacher_ranks: int = 0, total_teacher_ranks: int = 0
+    ) -> float:
+        """Bytes that `ranks` ranks on one machine need, of `total_ranks` in the training, and the
+        teacher's own ranks if it has any.
+        """
         # Weights, gradients and optimizer of the student; a copy of what a background save writes.
         parameters = count_parameters(self.student)
         trained = count_adapter_parameters(self.student, self.lora) if self.lora else parameters
@@ -55,7 +61,10 @@ class MemoryDemand:
         student = (state.total + copied) * copies
 
         # Weights of the teachers.
-        teacher_copies = ranks / total_ranks if self.teacher_sharded else ranks
+        holders, all_holders = ranks, total_ranks
+        if total_teacher_ranks:
+            holders, all_holders = teacher_ranks, total_teacher_ranks
+        teacher_copies = holders / all_holders if self.teacher_sharded else holders
         sizes = [self._teacher_bytes(teacher, quantized) for teacher, quantized in self.teachers]
         teachers = teacher_copies * (
             max(sizes, default=0.0) if self.one_teacher_at_a_time else sum(sizes)
@@ -73,7 +82,7 @@ class MemoryDemand:
         single = parameter_bytes(frozen, STUDENT_DTYPE)
         if self.saved_rollout_weights:
             single += parameter_bytes(parameters, STUDENT_DTYPE)
-        return student + teachers + ranks * per_rank + single
+        return student + teachers + ranks * per_rank + teacher_ranks * RANK_BYTES + single
 
     def _teacher_bytes(self, teacher: ModelSource, quantized: float | None) -> float:
         return frozen_weight_bytes(
@@ -90,12 +99,17 @@ def check_memory(demand: MemoryDemand) -> None:
     """
     if distributed.device().type != "cpu":
         return
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    need, free = demand.bytes_on_node(ranks, distributed.world_size()), available_bytes()
+    ranks, teacher_ranks, total_teacher_ranks = distributed.ranks_per_node() or 1, 0, 0
+    if roles := job_roles():
+        ranks, teacher_ranks = roles.on_this_node()
+        total_teacher_ranks = roles.teacher_ranks
+    need = demand.bytes_on_node(ranks, distributed.world_size(), teacher_ranks, total_teacher_ranks)
+    free = available_bytes()
     if need > free:
         raise ResourceError(
-            f"{ranks} ranks on this machine need about {need / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are free: use fewer ranks (launch.ranks), a smaller model, or a "
+            f"{ranks + teacher_ranks} ranks on this machine need about {format_size(need)} of "
+            f"memory, and {format_size(free)} are free: use fewer ranks (launch.ranks), a smaller "
+            f"model, or a "
             f"machine with more memory"
         )
 

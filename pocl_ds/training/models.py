@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.engines.protocol import Engine
+from pocl_ds.teachers.remote import RemoteTeacher
 from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
 from pocl_ds.teachers.teacher import Teacher
 
@@ -46,6 +47,23 @@ class TrainingModels:
         if isinstance(self.teacher, (StageTeachers, DomainTeachers)):
             return self.teacher.of_batch(batch)
         return self.teacher
+
+    def remote_teacher_of(self, batch: Batch) -> RemoteTeacher:
+        """The teacher of a micro-batch, where teachers have ranks of their own."""
+        teacher = self.teacher_of(batch)
+        assert isinstance(teacher, RemoteTeacher)
+        return teacher
+
+    def wait_for_teachers(self) -> None:
+        """Wait until the teachers that have ranks of their own are loaded. All ranks call it
+        together.
+        """
+        teachers: Sequence[Any] = [self.teacher]
+        if isinstance(self.teacher, DomainTeachers):
+            teachers = list(self.teacher.teachers.values())
+        for teacher in teachers:
+            if isinstance(teacher, RemoteTeacher):
+                teacher.wait_until_loaded()
 
     def start_stage(self, stage: int) -> None:
         """Load the teacher of a stage, counted from 0, if stages have their own. All ranks call it

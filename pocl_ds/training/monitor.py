@@ -14,12 +14,13 @@ from pocl_ds.errors import EXIT_RESUME, Interrupted
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.loss_spikes import LossSpikes
 from pocl_ds.runtime.metrics import MetricsWriter, read_metrics
+from pocl_ds.runtime.process_exit import SIGNALS
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.training.watchdog import Watchdog
 
 log = logging.getLogger("pocl_ds")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, *SIGNALS)
 
 
 class StopSignal:
@@ -31,7 +32,11 @@ class StopSignal:
         self.number: int | None = None
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._record)
+            for number in STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,6 +126,11 @@ class TrainingMonitor:
         """Write a record to metrics.jsonl and the trackers."""
         if self._writer:
             self._writer.write(record)
+
+    def sync(self) -> None:
+        """Bring the records to the disk, before a checkpoint makes them final."""
+        if self._writer:
+            self._writer.sync()
 
     def interruption(self, step: int, total_steps: int) -> Interrupted:
         """The error that ends a training after a signal, with everything saved."""

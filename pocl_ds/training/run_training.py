@@ -30,9 +30,12 @@ from pocl_ds.errors import ArtifactError
 from pocl_ds.generation.end_of_turn import recorded_end_ids, with_end_ids
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import count_trainable_parameters, merge_adapters
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import distributed, sequence_parallel
+from pocl_ds.runtime.job_roles import job_roles
+from pocl_ds.teachers.cache_plan import CacheReference
 from pocl_ds.training.build import build_trainer
 from pocl_ds.training.invariance import check_models
+from pocl_ds.training.local_inputs import local_inputs
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import atomic_directory, remove_partial_directories, write_json
@@ -55,14 +58,14 @@ def train_student(
     baseline: BaselineConfig | None,
     seed: int,
     fingerprint: str,
-    teacher_cache: str | None = None,
+    teacher_cache: CacheReference | None = None,
     float32_weights: bool = False,
 ) -> None:
     """Train through the stages of the plan, or with `baseline` without a curriculum, rescoring,
     sample weights and token rule. All ranks call it.
 
-    teacher_cache: fingerprint of the cached teacher outputs; None for an online teacher.
-    float32_weights: write the optimizer's master weights to `final/`.
+    teacher_cache: the cached outputs of the teacher; None for an online one. float32_weights: write
+    the optimizer's master weights to `final/`.
     """
     # SFT needs no teacher; with teacher.mode=auto the cache may be empty.
     models = read_models(run)
@@ -105,14 +108,14 @@ def train_student(
 
 
 def uses_online_teacher(
-    run: RunDirectory, teacher: TeacherConfig, teacher_cache: str | None
+    run: RunDirectory, teacher: TeacherConfig, teacher_cache: CacheReference | None
 ) -> bool:
     """Whether `pocl cache-teacher` decided, with teacher.mode=auto, to cache nothing.
 
     Raises ArtifactError if the recipe no longer has teacher.mode=auto.
     """
     manifest = read_manifest(run.teacher_cache)
-    if manifest is None or manifest.fingerprint != teacher_cache:
+    if not teacher_cache or not manifest or manifest.fingerprint != teacher_cache.fingerprint:
         return False
     if manifest.info["mode"] != "online":
         return False
@@ -134,22 +137,25 @@ def run_training(run: RunDirectory, training: TrainingRun) -> None:
     stopwatch = distributed.Stopwatch()
     if training.train.engine == "deepspeed" or distributed.world_size() > 1:
         start_deepspeed()
+    sequence_parallel.start(training.train.sequence_parallel_size)
     log.info(
-        "%s: directory=%s engine=%s ranks=%d device=%s",
+        "%s: directory=%s engine=%s ranks=%d sequence_parallel_size=%d device=%s",
         training.label,
         training.directory,
         training.train.engine,
         distributed.world_size(),
+        sequence_parallel.size(),
         distributed.device_name(),
     )
-    trainer = build_trainer(run, training)
-    invariance = check_models(training, trainer.models, trainer.data)
-    trainer.run()
-    write_final_model(training, trainer.models.engine)
-    if trainer.responses.rollout and trainer.responses.rollout.invariance:
-        invariance["rollouts"] = trainer.responses.rollout.invariance
-    _write_manifest(training, trainer, invariance, seconds=stopwatch.lap())
-    distributed.barrier()
+    with local_inputs(run, training) as (run, training):
+        trainer = build_trainer(run, training)
+        invariance = check_models(training, trainer.models, trainer.data)
+        trainer.run()
+        write_final_model(training, trainer.models.engine)
+        if trainer.responses.rollout and trainer.responses.rollout.invariance:
+            invariance["rollouts"] = trainer.responses.rollout.invariance
+        _write_manifest(training, trainer, invariance, seconds=stopwatch.lap())
+        distributed.barrier()
 
 
 def write_final_model(training: TrainingRun, engine: Engine) -> None:
@@ -193,7 +199,7 @@ def _write_manifest(
     peak_memory = distributed.peak_memory()
     if distributed.rank() != 0:
         return
-    plan, layout = training.plan, trainer.data.layout
+    plan, layout, roles = training.plan, trainer.data.layout, job_roles()
     info = {
         **peak_memory,
         "steps": plan.total_steps,
@@ -201,6 +207,8 @@ def _write_manifest(
         "seconds": seconds,
         "trainable_parameters": count_trainable_parameters(trainer.models.engine.module)[0],
         "ranks": distributed.world_size(),
+        "sequence_parallel_size": sequence_parallel.size(),
+        "teacher_ranks": roles.teacher_ranks if roles else 0,
         "device": distributed.device_name(),
         "engine": training.train.engine,
         "dtype": training.student.dtype,

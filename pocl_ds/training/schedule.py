@@ -23,7 +23,7 @@ class TrainingSchedule:
     plan: Plan
     sampler: Sampler
     train: TrainConfig
-    # Before this stage and each later one, from 0, the student ranks the samples anew.
+    # Before this stage and each later one, from 0, the student ranks the samples again.
     first_ranked_stage: float = math.inf
     # Whether batches may be made before their stage begins.
     prepares_next_stage: bool = True

@@ -29,7 +29,7 @@ from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.curriculum.stage_files import ORDER, SCORES, WEIGHTS, load_stage, stage_directory
 from pocl_ds.errors import ArtifactError
 from pocl_ds.losses.sample_losses import SampleTerms
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.teacher import verify_damage
 from pocl_ds.training.data import TrainingData
@@ -37,9 +37,8 @@ from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.workflow.files import atomic_write, save_array
 from pocl_ds.workflow.manifest import (
-    damaged_files,
     finished_manifest,
-    read_manifest,
+    read_part,
     write_manifest,
 )
 
@@ -124,7 +123,7 @@ class StageRanking:
         return SampleScores(self.scores.ids, columns, stage, self.scores.seed)
 
     def _rows_to_score(self, stage: int, scores: SampleScores) -> NDArray[np.int64]:
-        """The rows that are scored anew, ascending: all at first, then a share by a hash."""
+        """The rows that are scored again, ascending: all at first, then a share by a hash."""
         count = self.config.samples_to_score(len(scores.ids), stage)
         if count == len(scores.ids):
             return np.arange(count)
@@ -146,7 +145,7 @@ class StageRanking:
                 if flag:
                     continue
                 self._raise_if_stopping(position)
-                table = self._score_part(part, progress)
+                table = self._score_part(position.stage, part, progress)
                 with distributed.raise_on_all_ranks("write the scores of a stage"):
                     if distributed.rank() == 0:
                         path = directory / f"{name}.npy"
@@ -165,13 +164,16 @@ class StageRanking:
         return {name: table[:, number] for number, name in enumerate(columns)}
 
     @torch.no_grad()
-    def _score_part(self, rows: NDArray[np.int64], progress: Progress) -> NDArray[np.float64]:
+    def _score_part(
+        self, stage: int, rows: NDArray[np.int64], progress: Progress
+    ) -> NDArray[np.float64]:
         """The columns of MEASURED_SCORES for some rows: [rows, 3]."""
         train, models = self.data.train, self.models
-        lengths = np.asarray(train.total_tokens[rows], np.int64)
         sample_teachers = self.data.sample_teachers(train, rows)
-        assigned, teachers = self.data.even_batches(lengths, sample_teachers)
-        batches = [rows[members] for members in assigned]
+        numbers = models.teacher_numbers(stage, sample_teachers, rows)
+        costs = self.data.batch_costs(train, rows, numbers)
+        assigned = self.data.even_batches(costs, sample_teachers)
+        batches = [rows[members] for members in assigned.members]
         if self.runs_teacher:
             verify_damage(models.teacher.find_damage(train.name, np.concatenate(batches)))
         terms = SampleTerms(self.loss.name, dict(self.loss.options))
@@ -181,7 +183,9 @@ class StageRanking:
         # Every rank fills in its own rows; the sum over ranks is the table.
         table = torch.zeros(len(rows), 3, dtype=torch.float64, device=distributed.device())
         models.engine.module.eval()
-        for batch in self.data.batches(train, batches, teachers):
+        for batch in self.data.batches(
+            train, batches, assigned.teachers, runs_teacher=self.runs_teacher
+        ):
             self.monitor.report_alive()
             if self.runs_teacher:
                 teacher = models.teacher_of(batch)
@@ -192,7 +196,7 @@ class StageRanking:
                 losses = models.engine.forward(batch, terms)
             if batch.rows:
                 table[np.searchsorted(rows, batch.rows)] = torch.stack(losses, -1)
-            progress.advance(len(batch.rows) * distributed.world_size())
+            progress.advance(len(batch.rows) * sequence_parallel.data_parallel_size())
         models.engine.module.train()
         sums: NDArray[np.float64] = distributed.all_sum(table).cpu().numpy()
         return sums / np.asarray(train.loss_tokens[rows], np.float64)[:, None]
@@ -260,12 +264,8 @@ class StageRanking:
         self.monitor.write(record)
 
     def _is_finished(self, directory: Path, name: str) -> bool:
-        manifest = read_manifest(directory, f"{name}.manifest.json")
-        return (
-            manifest is not None
-            and manifest.fingerprint == self.fingerprint
-            and not damaged_files(directory, manifest, checksums=False)
-        )
+        manifest = read_part(directory, f"{name}.manifest.json")
+        return manifest is not None and manifest.fingerprint == self.fingerprint
 
     def _raise_if_stopping(self, position: SamplerPosition) -> None:
         """Raise Interrupted on all ranks if a signal reached any of them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from pocl_ds.config.loss import Writer
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.data.batches import Batch
 from pocl_ds.data.generated import TokenizedDataset
-from pocl_ds.training.data import StagedBatch, TrainingData
+from pocl_ds.runtime import sequence_parallel
+from pocl_ds.training.data import TrainingData
 from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.prefetch import Prefetcher
+from pocl_ds.training.request_ahead import StagedBatch
 from pocl_ds.training.responses import ResponseSource
 from pocl_ds.training.schedule import TrainingSchedule
 
@@ -35,11 +36,13 @@ class StepPlan:
     rows: NDArray[np.int64]  # of the dataset: the global batch
     micro_batches: tuple[NDArray[np.int64], ...]  # rows of this rank
     writer: Writer  # of the responses
+    loss_weight: float  # of all loss tokens, see `TrainingData.loss_weight`
     # Weight in the loss of each sample of each micro-batch; None if all are 1.
     sample_weights: tuple[NDArray[np.float32], ...] | None = None
     damage: str | None = None  # why the teacher's outputs of this rank's rows are not available
     teachers: tuple[int, ...] = ()  # number of the teacher of each micro-batch
     sample_teachers: NDArray[np.int64] | None = None  # of each row, if domains have their own
+    load_imbalance: float = 1.0  # of the ranks, see `curriculum.load_imbalance`
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -70,6 +73,8 @@ class StepPlan:
             "micro-batches": len(self.micro_batches),
             "tokens": int(self.lengths.sum()),
             "loss tokens": self.loss_tokens,
+            "loss weight": self.loss_weight,
+            "load imbalance": self.load_imbalance,
             "teachers": list(self.teachers),
         }
 
@@ -96,7 +101,8 @@ class StepBatches:
         # Plans that no rank has compared with the others yet.
         self.unchecked: list[StepPlan] = []
         self._plans: deque[StepPlan] = deque()  # of the next steps
-        self._items: Prefetcher[StepPlan | StagedBatch] | None = None
+        self._prefetcher: Prefetcher[StepPlan | StagedBatch] | None = None
+        self._items: Iterator[StepPlan | StagedBatch] | None = None  # of the prefetcher
 
     def select(self, position: SamplerPosition) -> StepPlan:
         """The plan of a step, which becomes the current one."""
@@ -104,7 +110,7 @@ class StepBatches:
             self.close()
             plan = self._plan(position)
             self.unchecked = [plan]
-            self._items = Prefetcher(itertools.starmap(self.data.stage, _of_each(plan)))
+            self._prefetch(self._stage_each(plan))
             return plan
         if not self._plans or self._plans[0].position != position:
             self._start(position)
@@ -113,7 +119,7 @@ class StepBatches:
     def micro_batches(self, plan: StepPlan) -> Iterator[Batch]:
         """The micro-batches of the current plan on this rank's device."""
         for _ in plan.micro_batches:
-            staged = next(self._prefetched)
+            staged = next(self._made_items)
             assert isinstance(staged, StagedBatch)
             yield self.data.receive(staged)
 
@@ -124,31 +130,42 @@ class StepBatches:
         end = self.schedule.known_until(position)
         if not self.works_ahead or position.step + STEPS_AHEAD >= end:
             return None
-        plan = next(self._prefetched)
+        plan = next(self._made_items)
         assert isinstance(plan, StepPlan)
         self._plans.append(plan)
         return plan
 
     def close(self) -> None:
         """End the background thread."""
-        if self._items is not None:
-            self._items.close()
-        self._items = None
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._prefetcher = self._items = None
         self._plans.clear()
 
     @property
-    def _prefetched(self) -> Prefetcher[StepPlan | StagedBatch]:
+    def _made_items(self) -> Iterator[StepPlan | StagedBatch]:
         assert self._items is not None, "no step was selected"
         return self._items
+
+    def _prefetch(self, items: Iterator[StepPlan | StagedBatch]) -> None:
+        """Start the thread that makes these items."""
+        self._prefetcher = Prefetcher(items)
+        self._items = self.data.request_ahead(self._prefetcher)
+
+    def _stage_each(self, plan: StepPlan) -> Iterator[StagedBatch]:
+        """Make the micro-batches of a plan."""
+        for number, rows in enumerate(plan.micro_batches):
+            weights = None if plan.sample_weights is None else plan.sample_weights[number]
+            yield self.data.stage(plan.dataset, rows, plan.teachers[number], weights, trains=True)
 
     def _start(self, position: SamplerPosition) -> None:
         """Start the thread at a step."""
         self.close()
         end = self.schedule.known_until(position)
-        self._items = Prefetcher(self._make_items(position.step, end))
+        self._prefetch(self._make_items(position.step, end))
         last = min(position.step + STEPS_AHEAD, end)
         for _ in range(position.step, last):
-            plan = next(self._items)
+            plan = next(self._made_items)
             assert isinstance(plan, StepPlan)
             self._plans.append(plan)
         self.unchecked = list(self._plans)
@@ -162,7 +179,7 @@ class StepBatches:
         for step in range(first, end + STEPS_AHEAD):
             if step >= first + STEPS_AHEAD:
                 current = plans.popleft()
-                yield from itertools.starmap(self.data.stage, _of_each(current))
+                yield from self._stage_each(current)
             if step < end:
                 plans.append(self._plan(position(step)))
                 yield plans[-1]
@@ -170,15 +187,20 @@ class StepBatches:
     def _plan(self, position: SamplerPosition) -> StepPlan:
         """Select the batch of a step, and divide it into micro-batches."""
         dataset, rows = self.responses.select_batch(position, self.schedule, self.data)
-        lengths = np.asarray(dataset.total_tokens[rows], np.int64)
         sample_teachers = self.data.sample_teachers(dataset, rows)
-        assigned, teachers = self.data.micro_batches(lengths, sample_teachers)
-        micro_batches = tuple(rows[members] for members in assigned)
+        numbers = self.models.teacher_numbers(position.stage, sample_teachers, rows)
+        costs = self.data.batch_costs(dataset, rows, numbers)
+        assigned = self.data.micro_batches(costs, sample_teachers)
+        micro_batches = tuple(rows[members] for members in assigned.members)
         # A generated response has the weight of its prompt's sample.
         weights, stage_weights = None, self.schedule.stage(position).weights
         if stage_weights is not None:
             prompts = ([dataset.prompt_source(int(row))[1] for row in m] for m in micro_batches)
             weights = tuple(stage_weights[np.array(m, np.int64)] for m in prompts)
+        # The ranks that share these rows divide the checks of the teacher's outputs.
+        checked = np.concatenate(micro_batches)[
+            sequence_parallel.part() :: sequence_parallel.size()
+        ]
         return StepPlan(
             position,
             dataset,
@@ -186,14 +208,9 @@ class StepBatches:
             micro_batches,
             writer=self.data.writer_of(dataset),
             sample_weights=weights,
-            damage=self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches)),
-            teachers=tuple(teachers),
+            damage=self.models.teacher.find_damage(dataset.name, checked),
+            teachers=tuple(assigned.teachers),
             sample_teachers=sample_teachers,
+            load_imbalance=assigned.load_imbalance,
+            loss_weight=self.data.loss_weight(dataset, rows),
         )
-
-
-def _of_each(plan: StepPlan) -> Iterator[tuple[Any, ...]]:
-    """The arguments of `TrainingData.stage` for each micro-batch."""
-    for number, rows in enumerate(plan.micro_batches):
-        weights = None if plan.sample_weights is None else plan.sample_weights[number]
-        yield plan.dataset, rows, plan.teachers[number], weights

@@ -4,6 +4,9 @@ fires.
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,13 +26,21 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, vocab: VocabMap, *, chunk_bytes: int, split: bool = True
+        self,
+        model: PreTrainedModel,
+        vocab: VocabMap,
+        *,
+        chunk_bytes: int,
+        split: bool = True,
+        offload: bool = False,
     ) -> None:
         """split: apply the head separately from the backbone, in chunks; otherwise the model's own
-        forward computes the logits of all positions at once.
+        forward computes the logits of all positions at once. offload: keep what the backbone saves
+        for its backward pass in the host's memory; with activation checkpointing that is the input
+        of each layer.
         """
         super().__init__()
-        self.model, self.split = model, split
+        self.model, self.split, self.offload = model, split, offload
         head = output_head(model) if split else identity_head(model)
         self.loss_head = LossHead(head, vocab, chunk_bytes)
 
@@ -46,9 +57,16 @@ class Student(nn.Module):
         `HeadMixture`, or records of a `RecordCodec`. For a batch with a teacher view the loss
         tokens are the teacher's own.
         """
-        hidden = hidden_states(self.model, *batch.inputs, split=self.split)
+        with self._saved_tensors(batch):
+            hidden = hidden_states(self.model, *batch.inputs, split=self.split)
         hidden = batch.at_loss_positions(hidden)
         sums: LossSums | SampleLosses = self.loss_head(
             hidden, batch, terms, teacher_outputs, teacher_head
         )
         return sums
+
+    def _saved_tensors(self, batch: Batch) -> contextlib.AbstractContextManager[object]:
+        """Where the backbone's saved tensors are kept."""
+        if not self.offload:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=batch.input_ids.is_cuda)

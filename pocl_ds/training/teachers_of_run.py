@@ -6,11 +6,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from pocl_ds.config import EnsembleTeacherConfig, ModelSource, TeacherConfig, ds_config
+from pocl_ds.config import (
+    EnsembleTeacherConfig,
+    ModelSource,
+    TeacherConfig,
+    TrainConfig,
+    ds_config,
+)
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import sharded_loading
 from pocl_ds.models.load import embedding_rows, empty_model
@@ -18,7 +24,8 @@ from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.models.recipe_model import ModelLoader, read_model_config, zero_sizes
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache_plan import open_cache
+from pocl_ds.teachers.cache_plan import CacheReference, open_cache
+from pocl_ds.teachers.remote import RemoteTeacher
 from pocl_ds.teachers.routed import (
     DomainTeachers,
     RoutedModel,
@@ -27,9 +34,15 @@ from pocl_ds.teachers.routed import (
     models_of_rows,
     models_of_stages,
 )
-from pocl_ds.teachers.teacher import CachedTeacher, OnlineTeacher, TeacherEnsemble
-from pocl_ds.training.compilation import compile_layers
+from pocl_ds.teachers.teacher import (
+    CachedTeacher,
+    OnlineTeacher,
+    TeacherEnsemble,
+    normalized,
+)
+from pocl_ds.training.compilation import prepare_layers
 from pocl_ds.training.models import AnyTeacher, NoTeacher
+from pocl_ds.training.remote_loading import RemoteLoader, teacher_client
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -38,22 +51,22 @@ log = logging.getLogger("pocl_ds")
 
 @dataclass(frozen=True)
 class TeacherLoader:
-    """Loads the online teachers of a training."""
+    """Loads the online teachers of a training. fused: see `LossConfig`."""
 
-    training: TrainingRun
+    config: TeacherConfig
+    train: TrainConfig
+    fused: bool
     vocab: VocabMap
     load: ModelLoader
 
     def __call__(self, model: RoutedModel) -> OnlineTeacher:
         """Load a teacher, with the settings of the first one. All ranks call it together."""
-        training, config = self.training, self.training.teacher
-        assert config is not None
-        source = config.named_sources[model.fields[0]]
-        settings = teacher_ds_config(training, model.path, source)
+        source = self.config.named_sources[model.fields[0]]
+        settings = teacher_ds_config(self.config, self.train, model.path, source)
         with sharded_loading(settings):
-            loaded = self.load(model.path, config.of_source(source), None)
-            compile_layers(loaded, training.train)
-            return OnlineTeacher(loaded, settings, self.vocab, split=training.loss.fused)
+            loaded = self.load(model.path, self.config.of_source(source), None)
+            prepare_layers(loaded, self.train)
+            return OnlineTeacher(loaded, settings, self.vocab, split=self.fused)
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,23 @@ class CacheOpener:
     """Opens the cached teachers of a training. splits: those whose outputs they hold."""
 
     directory: Path
-    fingerprint: str
+    cache: CacheReference
     splits: list[TokenizedSplit]
 
     def __call__(self, model: RoutedModel) -> CachedTeacher:
-        """Open the cache of a teacher, and load its head."""
+        """Open the cache of a teacher, and load its head. All ranks call it together."""
         return CachedTeacher(
-            open_cache(self.directory, self.fingerprint, model.fields[0], self.splits)
+            open_cache(
+                self.directory,
+                self.cache.fingerprint,
+                model.fields[0],
+                self.splits,
+                self.cache.local_copy,
+            )
         )
+
+
+AnyLoader: TypeAlias = TeacherLoader | CacheOpener | RemoteLoader
 
 
 def align_vocabularies(training: TrainingRun) -> VocabMap:
@@ -87,33 +109,37 @@ def align_vocabularies(training: TrainingRun) -> VocabMap:
     if training.teacher_cache:
         log.info("the teacher's outputs are cached; only its head is loaded")
     else:
-        placement = (
+        place = (
             "sharded over the ranks" if teacher_is_sharded(training) else "complete on every rank"
         )
-        log.info("the teacher is %s", placement)
+        own = " of its own" if training.teacher.placement == "own_ranks" else ""
+        log.info("the teacher is %s%s", place, own)
     return VocabMap.from_alignment(alignment)
 
 
 def teacher_ds_config(
-    training: TrainingRun, path: str, source: ModelSource
+    config: TeacherConfig, train: TrainConfig, path: str, source: ModelSource
 ) -> dict[str, Any] | None:
-    """The DeepSpeed configuration of an online teacher; None if it is not sharded."""
-    if training.teacher is None or training.teacher_cache or training.train.engine != "deepspeed":
+    """The DeepSpeed configuration of an online teacher on these ranks; None if it is not
+    sharded.
+    """
+    if train.engine != "deepspeed":
         return None
     return ds_config.resolve_teacher(
-        training.teacher.ds_config,
-        dtype=training.teacher.dtype,
+        config.ds_config,
+        dtype=config.dtype,
         ranks=distributed.world_size(),
-        micro_batch_size=training.train.micro_batch_size,
+        micro_batch_size=train.micro_batch_size,
         sizes=zero_sizes(path, source),
     )
 
 
 def teacher_is_sharded(training: TrainingRun) -> bool:
     """Whether ZeRO-3 shards the online teachers."""
-    if training.teacher is None:
+    if training.teacher is None or training.teacher_cache:
         return False
-    return bool(teacher_ds_config(training, training.teacher_paths[0], training.teacher))
+    path = training.teacher_paths[0]
+    return bool(teacher_ds_config(training.teacher, training.train, path, training.teacher))
 
 
 def quantized_teachers(training: TrainingRun) -> list[tuple[ModelSource, float | None]]:
@@ -144,9 +170,12 @@ def build_teacher(
     config = training.teacher
     if config is None:
         return NoTeacher()
-    load_online = TeacherLoader(training, vocab, load)
-    load_teacher: TeacherLoader | CacheOpener = load_online
-    if training.teacher_cache:
+    load_teacher: AnyLoader = TeacherLoader(
+        config, training.train, training.loss.fused, vocab, load
+    )
+    if config.placement == "own_ranks":
+        load_teacher = RemoteLoader(training, vocab, teacher_client())
+    elif training.teacher_cache:
         load_teacher = CacheOpener(run.teacher_cache, training.teacher_cache, cached_splits)
     models = distinct_models(config, training.teacher_paths)
     if config.by_stage:
@@ -155,19 +184,26 @@ def build_teacher(
         return _domain_teachers(run, models, load_teacher)
     if not config.ensemble:
         return load_teacher(models[0])
-    sources = zip(config.named_sources.items(), training.teacher_paths, strict=True)
-    teachers = [
-        load_online(RoutedModel(source.label, path, (name,))) for (name, source), path in sources
-    ]
+    return _ensemble(config, training.teacher_paths, load_teacher)
+
+
+def _ensemble(
+    config: TeacherConfig, paths: Sequence[str], load_teacher: AnyLoader
+) -> TeacherEnsemble | RemoteTeacher:
+    sources = zip(config.named_sources.items(), paths, strict=True)
+    models = [RoutedModel(source.label, path, (name,)) for (name, source), path in sources]
     members: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
-    ensemble = TeacherEnsemble(teachers, [source.weight for source in members])
-    weights = zip(ensemble.weights, training.teacher_paths, strict=True)
-    log.info("teacher ensemble: %s", ", ".join(f"{weight:.2f} {path}" for weight, path in weights))
-    return ensemble
+    weights = normalized([source.weight for source in members])
+    listed = ", ".join(f"{w:.2f} {path}" for w, path in zip(weights, paths, strict=True))
+    log.info("teacher ensemble: %s", listed)
+    if isinstance(load_teacher, RemoteLoader):
+        return load_teacher.load_ensemble(models, weights)
+    assert isinstance(load_teacher, TeacherLoader)
+    return TeacherEnsemble([load_teacher(model) for model in models], weights)
 
 
 def _stage_teachers(
-    models: Sequence[RoutedModel], stages: int, load_teacher: TeacherLoader | CacheOpener
+    models: Sequence[RoutedModel], stages: int, load_teacher: AnyLoader
 ) -> StageTeachers:
     model_of_stage = models_of_stages(models, stages)
     listed = ", ".join(
@@ -178,7 +214,7 @@ def _stage_teachers(
 
 
 def _domain_teachers(
-    run: RunDirectory, models: tuple[RoutedModel, ...], load_teacher: TeacherLoader | CacheOpener
+    run: RunDirectory, models: tuple[RoutedModel, ...], load_teacher: AnyLoader
 ) -> DomainTeachers:
     """All teachers, without cached ones that no sample has. Raises ArtifactError if the data has no
     domains.
@@ -188,7 +224,7 @@ def _domain_teachers(
     teachers = {
         number: load_teacher(model)
         for number, model in enumerate(models)
-        if number in used or isinstance(load_teacher, TeacherLoader)
+        if number in used or not isinstance(load_teacher, CacheOpener)
     }
     log.info("teachers by domain: %s", ", ".join(models[number].path for number in teachers))
     return DomainTeachers(models, teachers, model_of_row)
@@ -205,10 +241,14 @@ def loaded_models(teacher: AnyTeacher) -> list[Any]:
 
 
 def models_for_layout(training: TrainingRun, teacher: AnyTeacher) -> list[Any]:
-    """The models of online teachers, empty ones for those of later stages: the layout of
-    micro-batches must suit all of them, from whichever stage the training resumes.
+    """The models of online teachers, empty ones for those that this rank does not load, or not
+    yet: the layout of micro-batches must suit all of them, from whichever stage the training
+    resumes.
     """
-    if not isinstance(teacher, StageTeachers) or training.teacher is None:
+    if training.teacher is None:
+        return []
+    is_remote = training.teacher.placement == "own_ranks"
+    if not isinstance(teacher, StageTeachers) and not is_remote:
         return loaded_models(teacher)
     return [
         empty_model(

@@ -14,7 +14,7 @@ from pocl_ds.config import LossConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.token_rules import TokenRule
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.teachers.teacher import raise_damage, verify_damage
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.data import TrainingData
@@ -54,8 +54,8 @@ class Trainer:
     models: student and teacher. data: samples and their batches. schedule: stages, learning
     rate and intervals. loss: section `loss` of the recipe. responses: responses that a step trains
     on. checkpoints: saving and loading of state. monitor: metrics, progress, signals. utilization:
-    of the GPU's peak; None without a GPU whose peak is known. stage_ranking: ranks the samples anew
-    when a stage begins; None if the plan's order stays.
+    of the GPU's peak; None without a GPU whose peak is known. stage_ranking: ranks the samples when
+    a stage begins; None if the plan's order stays.
     """
 
     def __init__(
@@ -165,11 +165,11 @@ class Trainer:
         models, timer = self.models, StepTimer(self.device)
 
         # Select the global batch, and this rank's micro-batches of it. The loss is a mean over the
-        # loss tokens of the whole batch, which every rank can count.
+        # loss tokens of the whole batch, whose weights every rank can add up.
         with timer.measure("data" if self.batches.works_ahead else ROLLOUT):
             plan = self.batches.select(position)
         self._check_new_plans()
-        count, loss_tokens = len(plan.micro_batches), plan.loss_tokens
+        count = len(plan.micro_batches)
         terms = self._loss_terms(plan)
 
         # Forward and backward, one micro-batch at a time. The teacher's head is gathered after its
@@ -190,7 +190,7 @@ class Trainer:
                     )
                 del teacher_outputs  # backward does not need them
                 is_last = number + 1 == count
-                models.engine.backward(total, normalizer=loss_tokens, is_last=is_last)
+                models.engine.backward(total, normalizer=plan.loss_weight, is_last=is_last)
             totals.append(total.detach())
             sums += torch.stack([total.detach(), kd, ce])
 
@@ -233,7 +233,7 @@ class Trainer:
         if not outcome.is_writing:
             self.checkpoints.finalize_async_save()
 
-        loss = outcome.total_sum / step.plan.loss_tokens
+        loss = outcome.total_sum / step.plan.loss_weight
         pieces = [
             (step.plan.dataset.ids[rows], total)
             for rows, total in zip(step.plan.micro_batches, step.micro_batch_sums, strict=True)
@@ -273,7 +273,7 @@ class Trainer:
             "step": plan.position.step + 1,
             "stage": plan.position.stage,
             "epoch": plan.position.epoch,
-            "loss": outcome.total_sum / loss_tokens,
+            "loss": outcome.total_sum / plan.loss_weight,
             "kd_loss": outcome.kd_sum / loss_tokens,
             "sft_loss": outcome.sft_sum / loss_tokens,
             "lr": step.lr,
@@ -291,6 +291,8 @@ class Trainer:
             **self.responses.metrics(on_policy=on_policy, step_seconds=seconds),
             **distributed.memory_metrics(),
         }
+        if sequence_parallel.data_parallel_size() > 1:
+            record["load_imbalance"] = plan.load_imbalance
         if self.utilization:
             record["mfu"] = self.utilization.of_step(
                 plan.lengths,
@@ -319,6 +321,7 @@ class Trainer:
 
     def _save(self, step: int, validation_loss: float | None, *, is_final: bool) -> None:
         self.monitor.report_alive()
+        self.monitor.sync()
         self.checkpoints.save(
             step,
             self.models.engine,

@@ -18,6 +18,7 @@ from pocl_ds.config import (
 from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.teachers.cache_plan import CacheReference
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class TrainingRun:
     train: TrainConfig
     seed: int
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    # When the student ranks the samples anew, and their weights then; None: never, for the baseline
-    # and healing.
+    # When the student ranks the samples again, and their weights then; None: never, as for the
+    # baseline and healing.
     rescoring: RescoringConfig | None = None
     sample_weights: SampleWeightsConfig | None = None
     max_length: int = 512  # tokens of a prompt and the response that the student generates
@@ -46,8 +47,7 @@ class TrainingRun:
     float32_weights: bool = False  # write the master weights instead of those of the forward pass
     # The tokenized split with the teacher's responses, if the policy uses them.
     teacher_responses: Path | None = None
-    # Fingerprint of the teacher cache; None for an online teacher.
-    teacher_cache: str | None = None
+    teacher_cache: CacheReference | None = None  # None for an online teacher
 
     @property
     def online_teachers(self) -> list[ModelSource]:

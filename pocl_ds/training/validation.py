@@ -57,17 +57,18 @@ class Validator:
         if split is None or not len(self.rows):
             return None
         # Every rank runs the same number of forward passes.
-        lengths = np.asarray(split.total_tokens[self.rows], np.int64)
         sample_teachers = self.data.sample_teachers(split, self.rows)
-        assigned, teachers = self.data.even_batches(lengths, sample_teachers)
-        batches = [self.rows[members] for members in assigned]
+        numbers = self.models.teacher_numbers(stage, sample_teachers, self.rows)
+        costs = self.data.batch_costs(split, self.rows, numbers)
+        assigned = self.data.even_batches(costs, sample_teachers)
+        batches = [self.rows[members] for members in assigned.members]
         verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
 
         # Sum divergence, cross-entropy and tokens over this rank's batches.
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
         self.models.engine.module.eval()
-        for batch in self.data.batches(split, batches, teachers):
+        for batch in self.data.batches(split, batches, assigned.teachers):
             self.monitor.report_alive()
             teacher = self.models.teacher_of(batch)
             outputs = teacher.outputs(batch)

@@ -7,6 +7,7 @@ that is somewhere else is the cause.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -29,7 +30,7 @@ class Watchdog:
     """
 
     def __init__(self, directory: Path, seconds: float) -> None:
-        self.path, self.seconds = directory / f"stacks-rank-{distributed.rank()}.txt", seconds
+        self.path, self.seconds = directory / f"stacks-rank-{distributed.job_rank()}.txt", seconds
         self._ended = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -59,6 +60,11 @@ class Watchdog:
         delay = self.seconds + FALLBACK_DELAY
         faulthandler.dump_traceback_later(delay, exit=True, file=self._stream)
 
+    def pause(self) -> None:
+        """Do not watch until the next `reset`, while this rank waits for work."""
+        self._last_reset = math.inf
+        faulthandler.cancel_dump_traceback_later()
+
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
             idle_seconds = time.monotonic() - self._last_reset
@@ -67,7 +73,7 @@ class Watchdog:
             faulthandler.dump_traceback(self._stream, all_threads=True)
             self._stream.flush()
             message = (
-                f"rank {distributed.rank()} made no progress for {idle_seconds:.0f} s "
+                f"rank {distributed.job_rank()} made no progress for {idle_seconds:.0f} s "
                 f"(train.hang_timeout_seconds={self.seconds:g}): its stack traces are in "
                 f"{self.path}. The run stops; the same command resumes from the last checkpoint"
             )

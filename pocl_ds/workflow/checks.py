@@ -5,8 +5,23 @@ from __future__ import annotations
 from pocl_ds.config import Recipe, ds_config
 from pocl_ds.curriculum.plan_step import plan_from_config
 from pocl_ds.errors import RecipeError
+from pocl_ds.runtime.process_exit import rank_and_world_size
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
+
+
+def check_world_size(recipe: Recipe) -> None:
+    """Raise RecipeError if the launcher started more or fewer ranks than the recipe has."""
+    _, ranks = rank_and_world_size()
+    if ranks == recipe.total_ranks:
+        return
+    fields = f"launch.ranks={recipe.launch.ranks}"
+    remedy = f"start {recipe.total_ranks}"
+    if recipe.teacher_ranks:
+        fields += f" and teacher.ranks={recipe.teacher_ranks}"
+    if ranks > recipe.teacher_ranks:
+        remedy += f", or add launch.ranks={ranks - recipe.teacher_ranks}"
+    raise RecipeError(f"{ranks} ranks were started, and the recipe has {fields}: {remedy}")
 
 
 def check_ds_configs(recipe: Recipe) -> None:
@@ -19,7 +34,7 @@ def check_ds_configs(recipe: Recipe) -> None:
         ds_config.resolve_teacher(
             recipe.teacher.ds_config,
             dtype=recipe.teacher.dtype,
-            ranks=ranks,
+            ranks=recipe.teacher_ranks or ranks,
             micro_batch_size=recipe.train.micro_batch_size,
         )
 

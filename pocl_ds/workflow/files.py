@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 # errno values by what the user has to do about them.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 NAME_CONFLICT = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 # A disk, a mount, or a Lustre server that evicted its client.
 DISK_LOST = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.EREMOTEIO)
@@ -33,6 +31,11 @@ DISK_FULL_MESSAGE = re.compile(
     r"No space left|[Dd]isk quota exceeded|os error (28|122)|PytorchStreamWriter failed|"
     r"iostream error|file write failed|unexpected pos|requested and \d+ written"
 )
+
+# What `_temporary_name` returns.
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}")
+# An empty file in each directory that `atomic_directory` has written, which it may replace.
+MARK = ".pocl_ds"
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -150,18 +153,23 @@ def create_file(path: Path) -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `path`, or the target of that link, once the block
-    has ended without an error and its files are on disk.
+    """Yield a temporary directory that replaces `path` once the block has ended without an error
+    and its files are on disk.
+
+    A link may stand for a new or empty directory. Raises ArtifactError if there are files that
+    this function did not write: behind a link, or in a directory without its mark.
     """
-    path = Path(os.path.realpath(path))
-    with explain_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_name(path)
+    target = Path(os.path.realpath(path))
+    with explain_disk_errors(target):
+        _check_replaceable(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_name(target)
         temporary.mkdir()
         try:
             yield temporary
 
             # Files get the directory's read permissions: safetensors writes private ones.
+            (temporary / MARK).touch()
             allowed = temporary.stat().st_mode
             for file in temporary.rglob("*"):
                 if file.is_file() and not file.is_symlink():
@@ -169,16 +177,40 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                     fsync_path(file)
 
             # Swap the directories. Another process may have removed the old one in between.
-            old = _temporary_name(path)
-            if path.is_dir():
+            _check_replaceable(path)
+            old = _temporary_name(target)
+            if target.is_dir():
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(path, old)
-            os.replace(temporary, path)
+                    os.rename(target, old)
+            os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync_path(path.parent)
+        fsync_path(target.parent)
+
+
+def make_replaceable(path: Path) -> None:
+    """Make a directory that a later `atomic_directory` may replace, if there is none."""
+    with explain_disk_errors(path), contextlib.suppress(FileExistsError):
+        path.mkdir()
+        (path / MARK).touch()
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise ArtifactError for a directory whose files are not this program's to remove."""
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if path.is_symlink():
+        raise ArtifactError(
+            f"{path} is a link to {os.path.realpath(path)}, which holds files: nothing is removed "
+            "through a link; remove the link, or let it name an empty folder"
+        )
+    if not (path / MARK).is_file():
+        raise ArtifactError(
+            f"{path} holds files and is no folder that pocl_ds has written: move it away, or "
+            "choose another folder"
+        )
 
 
 def remove_partial_directories(path: Path) -> None:
@@ -186,8 +218,31 @@ def remove_partial_directories(path: Path) -> None:
     `atomic_directory(path)`. The caller makes sure that no other process is writing `path`.
     """
     for partial in path.parent.glob(f".{path.name}.*"):
-        if re.fullmatch("[0-9a-f]{16}", partial.suffix[1:]):
-            shutil.rmtree(partial, ignore_errors=True)
+        if TEMPORARY_NAME.fullmatch(partial.name):
+            _remove(partial)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove the temporary files and directories of killed processes in a folder and below it.
+    The caller makes sure that no other process is writing there. Returns their number. Links are
+    not followed.
+    """
+    count = 0
+    for parent, directories, files in os.walk(folder):
+        for name in [*directories, *files]:
+            if TEMPORARY_NAME.fullmatch(name):
+                _remove(Path(parent) / name)
+                count += 1
+        directories[:] = [name for name in directories if not TEMPORARY_NAME.fullmatch(name)]
+    return count
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _temporary_name(path: Path) -> Path:
@@ -195,25 +250,6 @@ def _temporary_name(path: Path) -> Path:
     the umask one has to set it, and another thread's file would be world-writable in between.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def lock_file(handle: int, path: Path, operation: int) -> None:
-    """Lock an open file; `operation` as for `fcntl.flock`.
-
-    This is not `filelock`, since children inherit the run directory's lock, jobs of one run share
-    it (LOCK_SH), and a file system without locks must stop the run, not fall back to a soft lock.
-    Raises BlockingIOError if another process has the lock and LOCK_NB is set, ResourceError if the
-    file system does not support locks.
-    """
-    try:
-        fcntl.flock(handle, operation)
-    except OSError as error:
-        if error.errno not in NO_LOCK_SUPPORT:
-            raise
-        raise ResourceError(
-            f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks "
-            "(mount Lustre with -o flock); choose another folder"
-        ) from None
 
 
 def fsync_path(path: Path) -> None:

@@ -9,24 +9,28 @@ from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.steps import STEP, STEPS, Step, fingerprints
 
 
-def finished_steps(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
+def finished_steps(
+    run: RunDirectory, recipe: Recipe, *, checksums: bool = False
+) -> dict[str, bool]:
     """Whether each step has a complete result of this recipe.
 
     A step that describes a training counts as finished only if the training is finished too.
+    checksums: also whether each file is undamaged, before its result is used.
     """
     expected, finished = fingerprints(recipe), dict[str, bool]()
     for step in STEPS:
         if step.name == "score":
             finished["score"] = run.scores.is_dir() and not unfinished_shards(
-                run, recipe.score, expected["score"]
+                run, recipe.score, expected["score"], checksums=checksums
             )
             continue
         upstream = not step.describes_training or all(
             finished[name] for name in step.dependencies_of(recipe) if STEP[name].enabled(recipe)
         )
-        finished[step.name] = (
-            upstream and finished_manifest(step.directory(run), expected[step.name]) is not None
+        manifest = upstream and finished_manifest(
+            step.directory(run), expected[step.name], checksums=checksums
         )
+        finished[step.name] = bool(manifest)
     return finished
 
 

@@ -174,7 +174,7 @@ def _tokenizer_fields(path: Path) -> list[Any]:
 
 def described_inputs(recipe: Recipe) -> dict[str, Digests]:
     """The digests of all files that a recipe names, by what the files are, in words."""
-    teacher = recipe.teacher
+    teacher = recipe.local_teacher
     models: dict[str, ModelSource] = {"student": recipe.student}
     if teacher:
         models |= teacher.named_sources

@@ -10,8 +10,8 @@ from typing import Any
 from pocl_ds.config import ModelSource, Recipe, StudentConfig, TeacherConfig
 from pocl_ds.data.split_sources import read_split_domains
 from pocl_ds.errors import ModelError, RecipeError
+from pocl_ds.models.dropout import check_layer_dropping
 from pocl_ds.models.load import (
-    check_layer_dropping,
     load_model_config,
     max_positions,
     resolve_model,

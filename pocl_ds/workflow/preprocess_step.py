@@ -36,7 +36,7 @@ def run_preprocess(
     from pocl_ds.workflow.token_checks import check_data_tokens, check_template_tokens
 
     # Pin the models of the Hub to their commits; later steps load the same ones.
-    commits = resolve_commits([recipe.student, *(recipe.teacher.sources if recipe.teacher else ())])
+    commits = resolve_commits(recipe.local_models)
     student, teacher = models_at_commits(recipe, commits)
     check_model_configs(recipe, student, teacher)
     student_path = resolve_model(student)
@@ -118,10 +118,10 @@ def _teacher_side(recipe: Recipe, teacher: TeacherConfig, tokenizer: Any) -> tup
 def models_at_commits(
     recipe: Recipe, commits: Mapping[str, str]
 ) -> tuple[StudentConfig, TeacherConfig | None]:
-    """Student and teacher with their revisions pinned to commits."""
+    """Student and local teacher with their revisions pinned to commits."""
     from pocl_ds.models.load import pin_to_commit
 
-    teacher = recipe.teacher
+    teacher = recipe.local_teacher
     if teacher:
         others: dict[str, Any] = {
             "ensemble": tuple(pin_to_commit(member, commits) for member in teacher.ensemble)

@@ -30,10 +30,10 @@ MODELS_PREFIX = "run://"  # of a path relative to the run's models/
 
 
 class RunDirectory:
-    """Paths of one run."""
+    """Paths of one run. data: a copy of its tokenized data on another disk."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, data: Path | None = None) -> None:
+        self.path, self._data = Path(path), data
 
     def step_directory(self, step: str) -> Path:
         """Where a step writes its result."""
@@ -57,7 +57,7 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         """{train,validation,test}.jsonl and their tokens."""
-        return self.path / "data"
+        return self._data or self.path / "data"
 
     @property
     def models(self) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +19,13 @@ from pocl_ds.workflow.checks import check_ds_configs, check_most_samples
 from pocl_ds.workflow.files import (
     atomic_write,
     explain_disk_errors,
-    lock_file,
     read_json,
+    remove_leftovers,
     write_json,
 )
 from pocl_ds.workflow.finished import finished_fingerprint, finished_steps
 from pocl_ds.workflow.input_digests import changed_inputs, described_inputs
+from pocl_ds.workflow.locks import LockTakenError, hold_lock
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.steps import STEPS, fingerprints
 
@@ -39,36 +39,71 @@ class RunDirectoryInUseError(ArtifactError):
 
 
 @contextlib.contextmanager
-def lock_run_directory(run: RunDirectory) -> Iterator[int]:
-    """Hold a run directory for one pipeline at a time. Yields the lock's file handle.
+def lock_run_directory(run: RunDirectory) -> Iterator[None]:
+    """Hold a run directory for one pipeline at a time. What killed processes have left unfinished
+    is removed first.
 
-    Child processes inherit the handle, so that the directory stays locked while an orphaned child
-    still writes to it. Raises RunDirectoryInUseError if another process holds it, ArtifactError for
-    a folder that holds something else.
+    No child inherits the lock: children die with the process that holds it (`parent_death`), so
+    that a killed run can be continued at once. Raises RunDirectoryInUseError if another process
+    holds it, ArtifactError for a folder that holds something else.
     """
-    path = run.path / ".lock"
+    with _hold(run, fcntl.LOCK_EX):
+        if count := remove_leftovers(run.path):
+            log.info("removed %d unfinished files and folders of killed processes", count)
+        yield
+
+
+@contextlib.contextmanager
+def share_run_directory(run: RunDirectory) -> Iterator[None]:
+    """Hold a run directory together with other processes: for parts of a step, and for steps that
+    may run next to others.
+
+    If another process holds it alone for longer than a moment, the block runs without the lock:
+    leftovers are removed only at the start of such a process.
+    """
+    start = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        while time.monotonic() - start < LOCK_WAIT_SECONDS:
+            try:
+                stack.enter_context(_hold(run, fcntl.LOCK_SH))
+                break
+            except RunDirectoryInUseError:
+                time.sleep(0.2)
+        yield
+
+
+@contextlib.contextmanager
+def _hold(run: RunDirectory, operation: int) -> Iterator[None]:
     check_is_run_directory(run)
     with explain_disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            lock_file(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(hold_lock(run.path / ".lock", operation | fcntl.LOCK_NB))
+        except LockTakenError as error:
             raise RunDirectoryInUseError(
-                f"{run.path} is in use by another pocl process: wait for it, or end it first"
+                f"{run.path} is in use by {error}: wait for it, or end it first"
             ) from None
-        os.set_inheritable(handle, True)
-        yield handle
-    finally:
-        os.close(handle)
+        yield
 
 
 def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
     """Write the recipe into a run directory that the caller has locked.
 
-    The recipe may differ from the recorded one only in fields of unfinished steps and in fields
-    that change no result. Raises ArtifactError if a finished step belongs to another recipe.
+    Raises as `check_recipe_fits`.
+    """
+    check_recipe_fits(run, recipe)
+    with atomic_write(run.recipe) as stream:
+        stream.write(dump_recipe(recipe))
+    write_json(run.input_digests, described_inputs(recipe))
+
+
+def check_recipe_fits(run: RunDirectory, recipe: Recipe) -> None:
+    """Check that a recipe can run in a run directory, without writing anything.
+
+    It may differ from the recorded one only in fields of unfinished steps and in fields that change
+    no result. Raises ArtifactError if a finished step belongs to another recipe, RecipeError for
+    fields that contradict each other.
     """
     check_ds_configs(recipe)
     check_most_samples(recipe)
@@ -82,9 +117,6 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
     check_is_run_directory(run)
     if recipe.train.tracking.wandb and not finished_steps(run, recipe)["train"]:
         check_wandb()
-    with atomic_write(run.recipe) as stream:
-        stream.write(dump_recipe(recipe))
-    write_json(run.input_digests, described_inputs(recipe))
 
 
 def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:

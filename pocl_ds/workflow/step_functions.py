@@ -1,8 +1,7 @@
 """What each workflow step runs in this process: a function for each row of the table in `steps`.
 
-Each function passes on the parts of the recipe that its step needs. Imports of a step's own modules
-are inside its function: `pocl rank` loads neither vLLM nor DeepSpeed, and `pocl --help` loads
-nothing.
+Each passes on the parts of the recipe that its step needs. Imports of a step's own modules are
+inside: `pocl rank` loads neither vLLM nor DeepSpeed, and `pocl --help` loads nothing.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
-from pocl_ds.errors import PoclError, RecipeError
+from pocl_ds.errors import RecipeError
 from pocl_ds.workflow.step_inputs import (
     caches_teacher,
-    engine_needs_own_process,
-    evaluated_models,
 )
 
 if TYPE_CHECKING:
     from pocl_ds.config import (
-        EvaluateConfig,
         ModelSource,
         Recipe,
         StudentConfig,
@@ -32,7 +28,7 @@ log = logging.getLogger("pocl_ds")
 
 
 def _pinned_models(recipe: Recipe, run: RunDirectory) -> tuple[StudentConfig, TeacherConfig | None]:
-    """Student and teacher at the commits that the step `preprocess` recorded."""
+    """Student and local teacher at the commits that the step `preprocess` recorded."""
     from pocl_ds.workflow.manifest import read_manifest
     from pocl_ds.workflow.preprocess_step import models_at_commits
 
@@ -56,7 +52,7 @@ def _checked_models(
     return student, teacher
 
 
-def _check_tokenizer(
+def check_tokenizer_of(
     recipe: Recipe,
     run: RunDirectory,
     path: str,
@@ -100,11 +96,12 @@ def run_init_student(
 def run_cache_teacher(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
-    """Cache the teachers' outputs. Raises RecipeError for an online teacher, ArtifactError if the
-    plan is needed and missing.
+    """Cache the teachers' outputs, or move such a cache. Raises RecipeError for an online teacher,
+    ArtifactError if the plan is needed and missing.
     """
     from pocl_ds.models.load import resolve_model
     from pocl_ds.teachers.cache_step import cache_teacher
+    from pocl_ds.workflow.cache_transfer import transfer_cache
     from pocl_ds.workflow.steps import cached_model_fingerprints
     from pocl_ds.workflow.teacher_usage import teacher_usage
 
@@ -120,7 +117,10 @@ def run_cache_teacher(
         )
     student, teacher = _checked_models(recipe, run)
     assert teacher is not None
-    _check_tokenizer(recipe, run, resolve_model(student), student)
+    check_tokenizer_of(recipe, run, resolve_model(student), student)
+    if request.moves_files:
+        transfer_cache(recipe, run, student, teacher, fingerprint, request)
+        return
     cache_teacher(
         run,
         teacher=teacher,
@@ -147,12 +147,12 @@ def run_generate_teacher(
             "the teacher's responses"
         )
     student, teacher = _checked_models(recipe, run)
-    assert teacher is not None
-    _check_tokenizer(recipe, run, resolve_model(student), student)
-    _check_tokenizer(recipe, run, resolve_model(teacher), teacher, "teacher")
+    check_tokenizer_of(recipe, run, resolve_model(student), student)
+    if teacher:
+        check_tokenizer_of(recipe, run, resolve_model(teacher), teacher, "teacher")
     generate_teacher_responses(
         run,
-        teacher=teacher,
+        teacher=teacher or recipe.teacher,
         student=student,
         prompt=recipe.prompt,
         template=recipe.teacher_template,
@@ -172,7 +172,7 @@ def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: Step
 
     student_path = read_models(run)["student"]
     _checked_models(recipe, run)
-    _check_tokenizer(recipe, run, student_path, recipe.student)
+    check_tokenizer_of(recipe, run, student_path, recipe.student)
     score_training_samples(
         run,
         recipe.score,
@@ -221,20 +221,20 @@ def run_baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
 def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
     from pocl_ds.training.run_training import train_student
+    from pocl_ds.workflow.cache_transfer import cache_reference
     from pocl_ds.workflow.run_dir import read_models
-    from pocl_ds.workflow.steps import fingerprints
 
-    models = read_models(run)
-    _check_tokenizer(recipe, run, models["student"], recipe.student)
-    if recipe.teacher:
-        _check_tokenizer(recipe, run, models["teacher"], recipe.teacher, "teacher")
-        if recipe.teacher.mode == "auto" and recipe.teacher.routes_field:
-            log.info("teacher.mode=auto selects online: %s is set", recipe.teacher.routes_field)
+    models, teacher = read_models(run), recipe.local_teacher
+    check_tokenizer_of(recipe, run, models["student"], recipe.student)
+    if teacher:
+        check_tokenizer_of(recipe, run, models["teacher"], teacher, "teacher")
+        if teacher.mode == "auto" and teacher.routes_field:
+            log.info("teacher.mode=auto selects online: %s is set", teacher.routes_field)
     train_student(
         run,
-        teacher_cache=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
+        teacher_cache=cache_reference(recipe),
         student=recipe.student,
-        teacher=recipe.teacher,
+        teacher=teacher,
         loss=recipe.loss,
         train=recipe.train,
         seed=recipe.seed,
@@ -245,122 +245,6 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
         fingerprint=fingerprint,
         float32_weights=recipe.export.dtype == "float32" and not baseline,
     )
-
-
-def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
-    """The chat template that asks the teacher for answers, as in training; None for its own."""
-    from pocl_ds.models.load import load_tokenizer
-    from pocl_ds.workflow.run_dir import read_models
-
-    if recipe.teacher_template == "own":
-        return None
-    path, trust = read_models(run)["student"], recipe.student.trust_remote_code
-    template: str | None = load_tokenizer(path, trust_remote_code=trust).chat_template
-    return template
-
-
-def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
-    """Generate one model's answers; or, without `request.model`, those of all models that no other
-    process generates, measure the held-out loss, run the judge, and write the results.
-    """
-    from pocl_ds.evaluation.benchmarks import skip_empty_test_split
-    from pocl_ds.evaluation.evaluate import RESULTS, summarize_results
-    from pocl_ds.evaluation.evaluated_models import model_path
-    from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
-    from pocl_ds.evaluation.judge import judge_answers
-
-    models = evaluated_models(recipe)
-    # A message of each model's process would repeat that of the last one.
-    config = skip_empty_test_split(
-        run,
-        _requested_part(recipe.evaluate, request),
-        warn=request.model is None or request.benchmark is not None,
-    )
-    trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
-    trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
-
-    own_models = [] if engine_needs_own_process(recipe) else models
-    for model in [request.model] if request.model else own_models:
-        if config.benchmarks:
-            shard = request.shard or (0, 1)
-            _generate_answers(recipe, run, config, model, shard, trust=model in trusted)
-    if request.model:
-        return
-    measure_held_out_loss(
-        run,
-        config,
-        recipe.prompt,
-        {name: model_path(run, name) for name in models},
-        teacher=recipe.teacher,
-        teacher_template=recipe.teacher_template,
-        special_tokens_in_text=recipe.data.special_tokens_in_text,
-        threads=recipe.launch.threads_per_rank,
-        trusted=trusted,
-    )
-
-    # Without the judge's endpoint the other results are still written; the step stays unfinished.
-    try:
-        judge_answers(run, config, models)
-    except PoclError:
-        summarize_results(run, config.model_copy(update={"judge": None}), models)
-        log.info("evaluate: wrote %s without the judge's verdicts", run.evaluation / RESULTS)
-        raise
-    summarize_results(run, config, models, fingerprint=fingerprint)
-
-
-def _generate_answers(
-    recipe: Recipe,
-    run: RunDirectory,
-    config: EvaluateConfig,
-    model: str,
-    shard: tuple[int, int],
-    *,
-    trust: bool,
-) -> None:
-    """Generate one model's answers, or a shard of them. trust: its own Python code may run."""
-    from pocl_ds.evaluation.evaluate import generate_answers
-    from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
-    from pocl_ds.generation.end_of_turn import recorded_end_ids
-
-    path = model_path(run, model)
-    if model == TEACHER and recipe.teacher:
-        _check_tokenizer(recipe, run, path, recipe.teacher, "teacher")
-    else:
-        _check_tokenizer(recipe, run, path, recipe.student)
-    generate_answers(
-        run,
-        config,
-        recipe.prompt,
-        model=model,
-        path=path,
-        special_tokens_in_text=recipe.data.special_tokens_in_text,
-        rouge_tokenizer=recipe.score.rouge_tokenizer,
-        chat_template=_answer_template(recipe, run) if model == TEACHER else None,
-        end_of_turn_ids=() if model == TEACHER else recorded_end_ids(run),
-        threads=recipe.launch.threads_per_rank,
-        shard=shard,
-        trust_remote_code=trust,
-    )
-
-
-def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateConfig:
-    """The evaluation with only the requested benchmark and seed. Raises RecipeError if the recipe
-    lacks one.
-    """
-    part: dict[str, Any] = {}
-    if request.benchmark is not None:
-        if request.benchmark not in config.benchmarks:
-            raise RecipeError(
-                f"--benchmark {request.benchmark}: the recipe has {', '.join(config.benchmarks)}"
-            )
-        part["benchmarks"] = {request.benchmark: config.benchmarks[request.benchmark]}
-    if request.seed is not None:
-        if request.seed not in config.seeds:
-            raise RecipeError(
-                f"--seed {request.seed}: the recipe has {', '.join(map(str, config.seeds))}"
-            )
-        part["seeds"] = (request.seed,)
-    return config.model_copy(update=part)
 
 
 def run_export(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:

@@ -22,7 +22,7 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.workflow import input_digests
 
     # The tokens that end the teacher's turns end the student's too.
-    teacher = recipe.teacher
+    teacher = recipe.local_teacher
     return [
         semantic_fields(recipe.data),
         semantic_fields(recipe.prompt),
@@ -111,7 +111,7 @@ def cached_model_inputs(recipe: Recipe) -> dict[str, list[Any]]:
 
 
 def planned_stages(recipe: Recipe) -> int:
-    """How many stages have the samples of the plan, until the student ranks them anew."""
+    """How many stages have the samples of the plan, until the student ranks them again."""
     rescoring = recipe.curriculum.rescoring
     return rescoring.from_stage - 1 if rescoring else recipe.curriculum.num_subsets
 
@@ -224,8 +224,8 @@ def teacher_inputs(recipe: Recipe) -> list[Any] | None:
     teacher = recipe.teacher
     if teacher is None:
         return None
-    files = [_named(input_digests.model_files(model)) for model in teacher.sources]
-    return [semantic_fields(teacher), files]
+    sources = () if teacher.is_text_only else teacher.sources
+    return [semantic_fields(teacher), [_named(input_digests.model_files(m)) for m in sources]]
 
 
 def record_inputs(recipe: Recipe) -> list[Any] | None:
@@ -233,8 +233,8 @@ def record_inputs(recipe: Recipe) -> list[Any] | None:
     same losses as an online teacher.
     """
     mode, cache = recipe.teacher.mode if recipe.teacher else None, recipe.teacher_cache
-    choices = {
-        "cached_topk": [cache.top_k],
+    choices: dict[str, list[Any]] = {
+        "cached_topk": [cache.top_k, cache.top_p],
         "cached_sampled": [cache.num_samples, recipe.seed],
     }
     if mode in choices:
@@ -268,7 +268,7 @@ def evaluated_models(recipe: Recipe) -> list[str]:
     """The models of evaluate.models that exist in this recipe, and the baseline where one is
     trained.
     """
-    names = [name for name in recipe.evaluate.models if name != "teacher" or recipe.teacher]
+    names = [name for name in recipe.evaluate.models if name != "teacher" or recipe.local_teacher]
     if recipe.baseline.enabled and "baseline" not in names:
         names.append("baseline")
     return [name for name in names if name != "baseline" or recipe.baseline.enabled]

@@ -7,15 +7,16 @@ nothing heavy, so that `pocl --help` stays fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocl_ds.workflow import preprocess_step, step_functions, step_inputs
+from pocl_ds.errors import RecipeError, did_you_mean
+from pocl_ds.workflow import evaluate_step, preprocess_step, step_functions, step_inputs
 
 if TYPE_CHECKING:
-    from pocl_ds.config import Recipe
+    from pocl_ds.config import GenerationConfig, Recipe
     from pocl_ds.workflow.run_dir import RunDirectory
 
 Arguments = tuple[tuple[str, ...], ...]  # command-line arguments of each task of a job array
@@ -31,6 +32,14 @@ def _never(_recipe: Recipe) -> bool:
 
 def _none(_recipe: Recipe) -> tuple[str, ...]:
     return ()
+
+
+def _models(_recipe: Recipe) -> tuple[str, ...]:
+    return ("models",)
+
+
+def _engine(config: GenerationConfig) -> tuple[str, ...]:
+    return ("vllm",) if config.backend == "vllm" else ("models",)
 
 
 def _one_gpu(_recipe: Recipe) -> int:
@@ -52,6 +61,14 @@ class StepRequest:
     benchmark: str | None = None  # with `model`: only this benchmark
     seed: int | None = None  # with `model`: only this seed
     out: Path | None = None  # export: in place of the run directory's export/
+    # cache-teacher: write the finished cache to a folder, or read it from one
+    export_to: Path | None = None
+    import_from: Path | None = None
+
+    @property
+    def moves_files(self) -> bool:
+        """Whether the step only copies results, for which one process is enough."""
+        return bool(self.export_to or self.import_from)
 
     @property
     def shard_index(self) -> int | None:
@@ -90,6 +107,8 @@ class Step:
     waits_for: tuple[str, ...] = ()
     enabled: Callable[[Recipe], bool] = _always
     needs_ranks: Callable[[Recipe], bool] = _never  # whether launch.ranks processes run it
+    # Names in `shared_imports.SHARED_IMPORTS`: what it imports where one process runs it.
+    imports: Callable[[Recipe], tuple[str, ...]] = _none
     # A job array that computes parts of the result before `job` collects them.
     parts_job: JobShape | None = None
     options: tuple[str, ...] = ()  # fields of StepRequest that its command offers
@@ -124,13 +143,19 @@ def _answer_parts(recipe: Recipe) -> Arguments:
     )
 
 
+def is_teacher_served(recipe: Recipe) -> bool:
+    """Whether servers run the teacher, and no rank or GPU of this run."""
+    return recipe.teacher is not None and recipe.teacher.endpoint is not None
+
+
 def _generation_gpus(recipe: Recipe) -> int:
     return recipe.score.generation.tensor_parallel_size
 
 
 TRAINING_HINT = (
     "lower train.micro_batch_size or loss.chunk_memory_mb, set "
-    "student.activation_checkpointing=true, or use more GPUs; `pocl estimate` computes how many"
+    "student.activation_checkpointing=true, for long samples train.sequence_parallel_size, or use "
+    "more GPUs; `pocl estimate` computes how many"
 )
 GENERATION_HINT = "lower score.generation.max_num_seqs and score.generation.max_num_batched_tokens"
 
@@ -141,6 +166,7 @@ STEPS: tuple[Step, ...] = (
         example="pocl preprocess my.yaml --run-dir runs/x data.source=my.jsonl",
         run=preprocess_step.run_preprocess,
         inputs=step_inputs.preprocess_inputs,
+        imports=_models,
         job=JobShape("init-student"),
     ),
     Step(
@@ -149,6 +175,7 @@ STEPS: tuple[Step, ...] = (
         example="pocl init-student --run-dir runs/x",
         run=step_functions.run_init_student,
         inputs=step_inputs.init_student_inputs,
+        imports=_models,
         job=JobShape("init-student"),
         dependencies=("preprocess",),
         needs_ranks=lambda recipe: recipe.student.heal_steps > 0,
@@ -161,7 +188,11 @@ STEPS: tuple[Step, ...] = (
         example="pocl generate-teacher --run-dir runs/x",
         run=step_functions.run_generate_teacher,
         inputs=step_inputs.generate_teacher_inputs,
-        job=JobShape("generate-teacher", gpus=_generation_gpus),
+        imports=lambda recipe: _engine(recipe.score.generation),
+        job=JobShape(
+            "generate-teacher",
+            gpus=lambda recipe: 0 if is_teacher_served(recipe) else _generation_gpus(recipe),
+        ),
         dependencies=("preprocess",),
         enabled=lambda recipe: recipe.policy.uses_teacher_responses,
         expensive=True,
@@ -173,6 +204,7 @@ STEPS: tuple[Step, ...] = (
         example="pocl score --run-dir runs/x --shard 2/8",
         run=step_functions.run_score,
         inputs=step_inputs.score_inputs,
+        imports=lambda recipe: _engine(recipe.score.generation),
         job=JobShape(
             "score", gpus=_generation_gpus, array=lambda recipe: _shards(recipe.score.shards)
         ),
@@ -207,12 +239,16 @@ STEPS: tuple[Step, ...] = (
         example="pocl cache-teacher --run-dir runs/x --shard 0/4",
         run=step_functions.run_cache_teacher,
         inputs=step_inputs.cache_teacher_inputs,
-        job=JobShape("cache-teacher", array=lambda recipe: _shards(recipe.teacher_cache.shards)),
+        job=JobShape(
+            "cache-teacher",
+            gpus=lambda recipe: 0 if is_teacher_served(recipe) else 1,
+            array=lambda recipe: _shards(recipe.teacher_cache.shards),
+        ),
         dependencies=("preprocess",),
         further_dependencies=step_inputs.cache_teacher_dependencies,
         enabled=step_inputs.caches_teacher,
-        needs_ranks=_always,
-        options=("shard",),
+        needs_ranks=lambda recipe: not is_teacher_served(recipe),
+        options=("shard", "export_to", "import_from"),
         shards_field="teacher_cache.shards",
         expensive=True,
         out_of_memory_hint="lower teacher_cache.max_batch_tokens, or shard the teacher with "
@@ -249,8 +285,9 @@ STEPS: tuple[Step, ...] = (
         "evaluate",
         summary="Generate answers to the benchmarks and score them.",
         example="pocl evaluate --run-dir runs/x --model student",
-        run=step_functions.run_evaluate,
+        run=evaluate_step.run_evaluate,
         inputs=step_inputs.evaluate_inputs,
+        imports=lambda recipe: _engine(recipe.evaluate.generation),
         job=JobShape("report"),
         dependencies=("train", "baseline"),
         parts_job=JobShape(
@@ -270,6 +307,7 @@ STEPS: tuple[Step, ...] = (
         example="pocl export --run-dir runs/x --out my-student",
         run=step_functions.run_export,
         inputs=step_inputs.export_inputs,
+        imports=_models,
         job=JobShape("report"),
         dependencies=("evaluate",),
         options=("out",),
@@ -301,6 +339,15 @@ JOB_NAMES: tuple[str, ...] = tuple(
 def enabled_steps(recipe: Recipe, until: str = STEP_NAMES[-1]) -> tuple[Step, ...]:
     """The steps that a recipe runs, in order, up to and including `until`."""
     return tuple(step for step in STEPS[: STEP_NAMES.index(until) + 1] if step.enabled(recipe))
+
+
+def check_step_names(names: Mapping[str, str]) -> None:
+    """Raise RecipeError if a value names no step. names: by the option that has them."""
+    for option, name in names.items():
+        if name not in STEP:
+            raise RecipeError(
+                f"{option} {name}: there is no such step: {did_you_mean(name, STEP_NAMES)}"
+            )
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -23,6 +23,7 @@ from refusals import restored_signals
 from tiny_runs import write_recipe
 
 from pocl_ds.cli.main import main
+from pocl_ds.workflow.manifest import VERIFIED, read_manifest, write_manifest
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 
@@ -103,8 +104,11 @@ def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished:
     (huge / "config.json").write_text(json.dumps(config))
     models = json.loads((run / "models" / "models.json").read_text())
     (run / "models" / "models.json").write_text(json.dumps({**models, "teacher": str(huge)}))
+    manifest = read_manifest(run / "models")
+    assert manifest
+    write_manifest(run / "models", manifest.step, manifest.fingerprint, info=manifest.info)
     assert_refused(
-        pocl("train", "--run-dir", str(run), check=False), "2 ranks", "GB", "launch.ranks"
+        pocl("train", "--run-dir", str(run), check=False), "2 ranks", "of memory", "launch.ranks"
     )
     assert partial_files(run / "train") == []
 
@@ -158,7 +162,9 @@ def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
     before = {
         path: path.read_bytes()
         for path in run.rglob("*")
-        if path.is_file() and path.name not in (".lock", "recipe.yaml", "input_digests.json")
+        if path.is_file()
+        and path.name not in (".lock", "recipe.yaml", "input_digests.json")
+        and path.suffix != VERIFIED
     }
     assert_refused(pocl("train", "--run-dir", str(run), check=False), "space", str(run))
     assert all(path.read_bytes() == content for path, content in before.items())

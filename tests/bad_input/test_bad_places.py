@@ -5,7 +5,6 @@ files do not change.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import edit_manifest
 from refusals import error_message, files_below
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
@@ -57,8 +57,7 @@ def overwrite_manifest(**fields: Any) -> Callable[[Path], Any]:
     """Overwrite fields of the manifest of `data`."""
 
     def write(run: Path) -> None:
-        path = run / "data" / "manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        edit_manifest(run / "data" / "manifest.json", **fields)
 
     return write
 
@@ -135,8 +134,8 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a folder as lock": (
         lambda run: (run / ".lock").mkdir(),
         ("run",),
-        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move the "
-        "file that is in the way",
+        "RUN/.lock cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move "
+        "the file that is in the way",
     ),
     "a file as logs": (
         overwrite_file("logs", ""),
@@ -402,7 +401,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
         ]
         * 2,
     ),
-    "no UTF-8": (b"\xff", *["FILE is not UTF-8 (invalid start byte at byte 0): convert it"] * 2),
+    "no UTF-8": (b"\xff", *["FILE is not UTF-8 (invalid start byte in line 1): convert it"] * 2),
     "a list": (
         b"[]",
         "FILE has no fields: start from a shipped study in launch/studies/",
@@ -442,7 +441,7 @@ def test_names_of_studies_profiles_and_benchmarks(
             f"profile '{name}' is neither a file nor a name ("
         )
         assert error_message(capsys, "bench", name).startswith(
-            f"there is no benchmark '{name}': choose one of rouge, "
+            f"there is no benchmark '{name}': use one of rouge, "
         )
         assert error_message(capsys, "estimate", recipe, "--gpu", name).startswith(
             f"--gpu {name}: choose one of "

@@ -81,11 +81,11 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "nothing": (b"", f"FILE has no sections: start from a shipped recipe in {RECIPES}"),
     "UTF-16": (
         BASE.encode("utf-16"),
-        "FILE is not UTF-8 (invalid start byte at byte 0): convert it",
+        "FILE is not UTF-8 (invalid start byte in line 1): convert it",
     ),
     "Latin-1": (
         b"name: \xe9\n",
-        "FILE is not UTF-8 (invalid continuation byte at byte 6): convert it",
+        "FILE is not UTF-8 (invalid continuation byte in line 1): convert it",
     ),
     "data by mistake": (
         b"x" * ((1 << 20) + 1),
@@ -95,7 +95,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a long text for a number": (
         f"seed: {'a' * 3000}\n",
         f"recipe field seed='{'a' * 57}...{'a' * 58}': input should be a valid integer, unable to "
-        f"parse string as an integer",
+        f"parse string as an integer: write a whole number, as in 8",
     ),
     "infinity": (
         "train: {lr: .inf}\n",
@@ -151,7 +151,10 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("train.lrr=1",),
         "recipe field train.lrr does not exist: did you mean lr?",
     ),
-    "nothing after =": (("seed=",), "recipe field seed=None: input should be a valid integer"),
+    "nothing after =": (
+        ("seed=",),
+        "recipe field seed=None: input should be a valid integer: write a whole number, as in 8",
+    ),
     "an open list": (
         ("train.lr=[",),
         "override 'train.lr=[': the value is not valid YAML (expected the node content, but found "

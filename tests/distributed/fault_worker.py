@@ -6,8 +6,10 @@ launch/train.sh --ranks 2 --module fault_worker FAULT TEACHER STUDENT FOLDER
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,14 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         faulty_micro_batches.calls += 1  # type: ignore[attr-defined]
         if is_faulty_rank and faulty_micro_batches.calls > 2:  # type: ignore[attr-defined]
             if fault == "skip":
-                rows, teachers = micro_batches(*arguments)
-                return rows[1:], teachers[1:]
+                own = micro_batches(*arguments)
+                return replace(own, members=own.members[1:], teachers=own.teachers[1:])
             if fault == "sleep":
                 time.sleep(300)
             if fault == "die":
                 os._exit(9)
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
         return micro_batches(*arguments)
 
     faulty_micro_batches.calls = 0  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from pocl_ds.config import LossConfig, TrainConfig, ds_config
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.split_writer import save_split
+from pocl_ds.data.thought_spans import ThoughtFinder
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading, start_deepspeed
 from pocl_ds.losses import divergence, fused_inputs
@@ -28,12 +29,12 @@ from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.policies import OffPolicy
-from pocl_ds.runtime import distributed
+from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.teachers.routed import DomainTeachers, RoutedModel
 from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
 from pocl_ds.training import compilation
 from pocl_ds.training.checkpoint import Checkpoints
-from pocl_ds.training.compilation import compile_layers
+from pocl_ds.training.compilation import prepare_layers
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout
 from pocl_ds.training.models import TrainingModels
@@ -41,9 +42,11 @@ from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.training.responses import ResponseSource
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
+from pocl_ds.training.thought_weights import ThoughtWeights
 from pocl_ds.training.trainer import Trainer
 
 SIZE, TEMPERATURE, SFT_RATIO = 320, 1.5, 0.3
+THOUGHT_TOKENS = 4  # of a response, in the case with a thought_weight
 WEIGHTS = (3.0, 1.0)  # of two teachers
 TEACHER_OF_ROW = (
     np.arange(12) % 3 // 2
@@ -63,6 +66,16 @@ class Recorder(DeepSpeedEngine):
         return 0.0
 
 
+class FirstTokens(ThoughtFinder):
+    """Takes the first tokens of every response for its thought."""
+
+    def __init__(self) -> None:
+        pass
+
+    def thought_tokens(self, prompt: Any, response: Any) -> int:
+        return min(THOUGHT_TOKENS, len(response))
+
+
 def write_split(folder: Path) -> list[tuple[int, list[int]]]:
     """Write 12 samples of different lengths, one of them without a loss token. The longest is
     in one batch with the shortest.
@@ -80,11 +93,13 @@ def write_split(folder: Path) -> list[tuple[int, list[int]]]:
 
 def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Gradients of one step, gathered on every rank."""
+    sequence_parallel.start(case.get("sequence_parallel", 1))
     train = TrainConfig(
         batch_size=12,
         micro_batch_size=case["micro"],
         micro_batch_tokens=case.get("tokens"),
         compile=case.get("compile", "none"),
+        mlp_tile_tokens=case.get("tile"),
     )
     compilation.BACKEND = "aot_eager"  # the same graphs, without a C++ compiler
     ranks = distributed.world_size()
@@ -99,7 +114,7 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
     for path in (case["teacher"], *case.get("ensemble", ()), *case.get("by_domain", ())):
         with sharded_loading(frozen):
             model = load_model(path, attention=PER_SAMPLE, dropout=0.0)
-            compile_layers(model, train)
+            prepare_layers(model, train)
             teachers.append(OnlineTeacher(model, frozen, ids))
     teacher: Any = teachers[0]
     if case.get("ensemble"):
@@ -111,8 +126,9 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compile_layers(model, train)
-    module = Student(model, ids, chunk_bytes=1 << 20).train()
+    prepare_layers(model, train)
+    offload = case.get("offload", False)
+    module = Student(model, ids, chunk_bytes=1 << 20, offload=offload).train()
     fused_inputs.chunk_sizes = lambda *_: fused_inputs.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)
     plan = single_stage_plan(
@@ -127,6 +143,8 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         train.micro_batch_tokens,
         teacher_of_row={"train": TEACHER_OF_ROW} if case.get("by_domain") else None,
     )
+    if "thought_weight" in case:
+        data.thought_weights = ThoughtWeights(FirstTokens(), case["thought_weight"])
     trainer = Trainer(
         TrainingModels(engine, teacher),
         data,
@@ -150,7 +168,11 @@ def plain_gradients(
         for path in (case["teacher"], *case.get("ensemble", ()), *case.get("by_domain", ()))
     ]
     shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if case.get("ensemble") else [1.0]
-    total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
+    weights = []
+    for prompt, ids in samples:
+        weights.append(torch.ones(len(ids) - prompt, dtype=torch.float64))
+        weights[-1][:THOUGHT_TOKENS] = case.get("thought_weight", 1.0)
+    total = float(torch.cat(weights).sum())
     for row, (prompt, tokens) in enumerate(samples):
         ids = torch.tensor([tokens])
         teachers = [loaded[TEACHER_OF_ROW[row]]] if case.get("by_domain") else loaded
@@ -167,15 +189,17 @@ def plain_gradients(
                 ).log()
             )
         logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
-        ce = (
-            torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum")
-            if len(logits)
-            else logits.sum()
-        )
+        ce = logits.sum() * 0
+        if len(logits):
+            by_token = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="none")
+            ce = (weights[row] * by_token).sum()
         if "token_rule" in case:
             kd = adakd_divergence(case, logits, target)
         else:
-            kd = divergence(case["loss"], logits, target, temperature=TEMPERATURE, reduction="sum")
+            by_token = divergence(
+                case["loss"], logits, target, temperature=TEMPERATURE, reduction="none"
+            )
+            kd = (weights[row] * by_token).sum()
         ((SFT_RATIO * ce + (1 - SFT_RATIO) * kd) / total).backward()
     return {
         name: p.grad if p.grad is not None else torch.zeros_like(p)

@@ -34,7 +34,7 @@ def group_timeouts() -> set[timedelta]:
     }
 
 
-@pytest.mark.parametrize("hang_timeout_seconds", [1800.0, 9e9])
+@pytest.mark.parametrize("hang_timeout_seconds", [1800.0, 31_536_000.0])
 @pytest.mark.parametrize("name", ["torch", "student_zero3", "student_zero2"])
 def test_ranks_wait_longer_than_the_watchdog(name: str, hang_timeout_seconds: float) -> None:
     """In every group: DeepSpeed creates further groups after it has loaded the teacher."""

@@ -18,6 +18,7 @@ EXPECTED = {
     "recipe": (2, ("rank 1 differs from the other ranks", "fingerprint 'other' instead of 'one'")),
     "sleep": (EXIT_HANG, ("rank 0 made no progress for", "stacks-rank-0.txt")),
     "die": (9, ("rank 1 failed first, with exit code 9",)),
+    "kill": (137, ("rank 0 lost the connection to another rank (Connection ", "rank 1 on ")),
 }
 
 
@@ -55,6 +56,7 @@ def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: 
     assert process.returncode == code, (process.returncode, process.stderr[-3000:])
     for part in parts:
         assert part in process.stderr, process.stderr[-3000:]
+    assert fault not in ("die", "kill") or "Traceback" not in process.stderr
     assert time.monotonic() - start < 120
     if fault == "sleep":
         stacks = {

@@ -88,6 +88,15 @@ SHAPES: list[dict[str, Any]] = [
         "loss": "rkl",
         "token_rule": {"name": "adakd", "options": {"threshold": 0.2, "center": 0.3}},
     },
+    {
+        "micro": 2,
+        "packed": True,
+        "rows": 7,
+        "model": "untied",
+        "checkpointing": False,
+        "loss": "srkl",
+        "thought_weight": 0.25,
+    },
     # Two teachers by domain, with empty micro-batches on some ranks.
     {
         "micro": 2,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import nbformat
@@ -68,6 +70,35 @@ def test_custom_schedule() -> None:
     output = run_example("custom_schedule.py")
     assert "same batches in both plans: True" in output
     assert re.search(r"^ +3 +36 +8 +1\.500 +1\.500$", output, re.MULTILINE)
+
+
+def test_math_answers() -> None:
+    lines = run_example("math_answers.py").splitlines()
+    assert [line.split()[1] for line in lines] == ["right", "right", "wrong", "wrong"]
+    values = [float(line.split()[0]) for line in lines]
+    assert values == sorted(values) and values[1] < 1 <= values[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (r"first \boxed{3}, then \boxed{\frac{22}{7}}", "22/7"),
+        (r"\boxed{x = {1,234.50}}", "2469/2"),
+        ("7 of 8\n#### -12", "-12"),
+        ("the answer is 3 / 4.", "3/4"),
+        ("0.25 or .5", "1/2"),
+        ("nothing", None),
+        ("1/0", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_of_a_text(text: str, number: str | None) -> None:
+    path = ROOT / "examples" / "math_answers.py"
+    specification = importlib.util.spec_from_file_location("math_answers", path)
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert module.final_number(text) == (None if number is None else Fraction(number))
 
 
 def test_trl_trainer() -> None:

@@ -94,10 +94,7 @@ def planned_cross_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("gkd", "mixture") else pytest.param(name, marks=pytest.mark.weekly)
-        for name in POLICIES
-    ],
+    [name if name == "gkd" else pytest.param(name, marks=pytest.mark.weekly) for name in POLICIES],
 )
 def test_a_resumed_training_of_a_policy_equals_an_uninterrupted_one(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import yaml
 from several_commands import run_on_ranks
 from tiny_runs import computed, records
 from transformers import AutoModelForCausalLM
+from two_domains import run_here, write_models_and_data
 
 from pocl_ds.cli.main import main
 from pocl_ds.curriculum.plan_step import load_plan
@@ -30,18 +30,7 @@ CACHED = "teacher.mode=cached_hidden_states"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three models, and 60 samples of two domains."""
-    folder = tmp_path_factory.mktemp("routed")
-    for name, seed in (("student", 0), ("first", 1), ("second", 2)):
-        tiny_models.llama(folder / name, layers=1, seed=seed)
-    with (folder / "data.jsonl").open("w") as stream:
-        for i in range(60):
-            record = {
-                "instruction": f"Say {i} and {i * i % 17}.",
-                "output": f"It is {i} " * (1 + i % 4),
-                "kind": "math" if i % 3 else "chat",
-            }
-            stream.write(json.dumps(record) + "\n")
-    return folder
+    return write_models_and_data(tmp_path_factory.mktemp("routed"), 60)
 
 
 def write_recipe(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
@@ -82,13 +71,6 @@ def plan_run(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
     for step in ("preprocess", "init-student", "rank", "plan"):
         assert main([step, str(recipe), "--run-dir", str(run)]) == 0
     return run
-
-
-def run_here(step: str, run: Path, *words: str) -> int:
-    """Run a step on one rank, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", "0")
-        return main([step, "--run-dir", str(run), *words])
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,7 @@ def test_a_stopped_training_equals_an_uninterrupted_one(
         assert (stopped / "train" / name).read_bytes() == (trained / "train" / name).read_bytes()
 
 
+@pytest.mark.weekly
 def test_weighted_samples_resume_exactly_and_on_one_rank(planned: Path, tmp_path: Path) -> None:
     """Weights by the divergence that each stage begins with."""
     ignore = shutil.ignore_patterns("plan")

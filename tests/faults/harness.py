@@ -130,7 +130,7 @@ def kill(child: subprocess.Popen[bytes], source: random.Random) -> str:
     workers = [
         pid
         for pid in family
-        if "pocl_ds.cli.main" in commands[pid] and "train.sh" not in commands[pid]
+        if "launch/pocl.py" in commands[pid] and "train.sh" not in commands[pid]
     ]
     victim = source.choice(["worker", "worker", "everything"])
     if victim == "everything" or not workers:

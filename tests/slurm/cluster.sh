@@ -90,7 +90,10 @@ start_munge() {
     (umask 077 && head -c 1024 /dev/urandom >/etc/munge/munge.key)
     chown munge: /etc/munge/munge.key
   fi
-  munge -n </dev/null 2>/dev/null | unmunge >/dev/null 2>&1 || runuser -u munge -- /usr/sbin/munged
+  if ! munge -n </dev/null 2>/dev/null | unmunge >/dev/null 2>&1; then
+    runuser -u munge -- /usr/sbin/munged
+    touch "$BASE/started-munge"
+  fi
   wait_for sh -c 'munge -n </dev/null | unmunge'
 }
 
@@ -155,6 +158,7 @@ down() {
     kill "$(cat "$BASE/pids/slurmctld.pid")"
     wait_for sh -c "! kill -0 $(cat "$BASE/pids/slurmctld.pid")"
   fi
+  if [ -e "$BASE/started-munge" ]; then kill "$(cat /run/munge/munged.pid)"; fi
   ip link del "$BRIDGE" 2>/dev/null || true
   if mountpoint -q "$BASE/small"; then umount -l "$BASE/small"; fi
   rm -rf "$BASE"

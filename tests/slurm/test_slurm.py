@@ -266,6 +266,34 @@ def test_preemption_without_a_grace_time_is_no_failure(
     assert_equal(run, undisturbed)
 
 
+@pytest.mark.weekly
+def test_a_teacher_on_a_node_of_its_own(cluster: Cluster, undisturbed: Path, folder: Path) -> None:
+    """Two ranks of the student and one of the teacher, each on its node, preempted once."""
+    run = planned_copy(undisturbed, folder / "own")
+    words = ("--profile", PROFILE, "--run-dir", str(run), "teacher.placement=own_ranks")
+    shown = cluster.pocl("submit", *words, "--dry-run").stdout
+    assert "nodes 3 x tasks 1, 1 of them for the teacher" in shown
+    cluster.pocl("submit", *words)
+    cluster.until(lambda: recorded_steps(run) >= 10, "10 steps")
+    urgent = cluster.call(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ).strip()
+    cluster.until(lambda: cluster.state(urgent) == "COMPLETED", "the urgent job")
+    cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
+    cluster.pocl("cancel", "--run-dir", str(run))
+    first, *others = attempts(run, "train")
+    assert not Attempt(**first).counts_against_job and others[-1]["outcome"] == "done"
+    teacher = (run / "logs" / "train-a1-train-rank-2.log").read_text()
+    assert "rank 2 runs the teacher: ranks=1" in teacher
+    assert_equal(run, undisturbed)
+
+
 def test_a_run_that_is_requeued_cancelled_and_resumed(
     cluster: Cluster, undisturbed: Path, folder: Path
 ) -> None:
@@ -422,12 +450,16 @@ def test_an_error_of_the_user_is_not_retried(
     cluster: Cluster, undisturbed: Path, folder: Path
 ) -> None:
     run = planned_copy(undisturbed, folder / "fault")
-    plan = run / "plan" / "plan.json"
-    plan.write_text("{" * plan.stat().st_size)  # a file of another size would count as unfinished
-    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run))
+    cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))
+    plan = run / "plan" / "plan.json"  # damaged while the job waits, so that no job repeats it
+    plan.write_text("{" * plan.stat().st_size)
+    release(cluster, run)
     cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["failed"]
-    assert "plan.json is damaged" in cluster.pocl("status", "--run-dir", str(run)).stdout
+    assert (
+        "is damaged (plan.json has another checksum)"
+        in cluster.pocl("status", "--run-dir", str(run)).stdout
+    )
 
 
 def test_a_run_on_a_full_disk_fails_and_resumes_later(
@@ -455,7 +487,9 @@ def test_a_run_on_a_full_disk_fails_and_resumes_later(
     filler.unlink()
     cluster.pocl("resume", "--run-dir", str(run))
     release(cluster, run)
-    cluster.until(lambda: is_finished(run), "the resumed run")
+    cluster.until(
+        lambda: cluster.state(cluster.job(run, "report")) == "COMPLETED", "the resumed run's jobs"
+    )
     assert_equal(run, undisturbed)
     shutil.rmtree(run)
 

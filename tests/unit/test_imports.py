@@ -19,14 +19,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # another tier than its subpackage.
 TIERS = (
     ("errors", "resources"),
-    ("workflow.files", "workflow.manifest", "workflow.run_dir", "compat", "config", "runtime"),
+    (
+        *("workflow.files", "workflow.locks", "workflow.manifest", "workflow.run_dir"),
+        *("workflow.local_copy", "compat", "config", "runtime"),
+    ),
     ("data", "models", "metrics", "curriculum"),
     ("losses", "engines"),
     ("generation", "teachers", "rollouts"),
     ("difficulty", "scoring", "training", "evaluation", "report"),
     ("workflow", "plugins"),
-    ("cluster", "api", "integrations"),
-    ("bench", "study"),
+    ("cluster", "integrations"),
+    ("api", "bench", "study"),
     ("__init__",),
     ("cli",),
 )
@@ -39,6 +42,11 @@ SAME_TIER = {  # (subpackage, subpackage of the same tier that it may import fro
     ("runtime", "workflow.files"),
     ("runtime", "workflow.manifest"),
     ("workflow.manifest", "workflow.files"),
+    ("workflow.locks", "runtime"),
+    ("workflow.locks", "workflow.files"),
+    ("workflow.local_copy", "runtime"),
+    ("workflow.local_copy", "workflow.files"),
+    ("workflow.local_copy", "workflow.locks"),
     ("workflow.run_dir", "workflow.files"),
     ("workflow.run_dir", "workflow.manifest"),
     ("rollouts", "generation"),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from pocl_ds.errors import LOST_RANK
 from pocl_ds.runtime.first_failure import first_failure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def record(number, frame):
     (folder / f"signals-{rank}").write_text(" ".join(received))
 
 if behavior != "die":
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), record)
 print("output of rank", rank, flush=True)
 (folder / f"ready-{rank}").touch()
@@ -213,6 +214,7 @@ def test_first_recorded_exit_gives_the_exit_code_not_the_first_that_ended(
             [(0, 1)],
             (1, 137, ""),
         ),  # rank 1 was killed; rank 0 only lost the connection
+        ({0: 1, 1: 2}, [(0, "lost"), (1, 2)], (1, 2, "word of 1")),
         ({0: 75, 1: 75}, [(0, 75), (1, 75)], (0, 75, "")),
         ({0: 75, 1: 2}, [(0, 75), (1, 2)], (1, 2, "word of 1")),
         ({1: 134}, [(1, 0)], (1, 134, "")),  # finished, then crashed
@@ -226,27 +228,51 @@ def test_first_recorded_exit_gives_the_exit_code_not_the_first_that_ended(
 )
 def test_first_failing_rank(
     exit_codes: dict[int, int],
-    recorded_codes: list[tuple[int, int]],
+    recorded_codes: list[tuple[int, int | str]],
     expected: tuple[int, int, str],
 ) -> None:
     records = [
         {"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0}
+        if code != "lost"
+        else {"rank": f"rank-{rank}", "code": 1, "error": f"it {LOST_RANK}", "time": 0.0}
         for rank, code in recorded_codes
     ]
     assert first_failure(exit_codes, records) == expected
 
 
-def test_a_killed_rank_is_137(launch: Launch) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_one_sentence(rank: int, launch: Launch) -> None:
     process = launch.start(2, {"0": "wait", "1": "wait"})
     launch.wait_until_ready(2)
-    os.kill(-launch.environment(1)["group"], signal.SIGKILL)  # type: ignore[operator]
-    process.communicate(timeout=30)
+    os.kill(-launch.environment(rank)["group"], signal.SIGKILL)  # type: ignore[operator]
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 137
+    lines = [line for line in err.splitlines() if line.startswith("launch/train.sh")]
+    assert len(lines) == 1
+    killed = f"launch/train.sh: rank {rank} on {os.uname().nodename} was killed by SIGKILL, "
+    assert lines[0].startswith(killed) and "because memory ran out" in lines[0]
+
+
+def test_nohup_keeps_ranks_running_when_the_terminal_closes(launch: Launch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = launch.start(1, {"0": "wait"})
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launch.wait_until_ready(1)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert launch.signals(0) == "SIGTERM"
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0), ("SIGUSR2", 0)]
+    ("name", "code"),
+    [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 0), ("SIGUSR1", 0), ("SIGUSR2", 0)],
 )
+@pytest.mark.usefixtures("hangup_signal")
 def test_a_signal_reaches_every_rank_once(launch: Launch, name: str, code: int) -> None:
     process = launch.start(2, {"0": "wait", "1": "wait"})
     launch.wait_until_ready(2)
@@ -338,16 +364,18 @@ def test_an_srun_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> None:
         ("0", "1", "3", "4"),  # one GPU for all four tasks
     ],
 )
+@pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
 def test_a_task_that_sees_only_its_own_gpu_uses_it(
     visible: str | None,
     gpus_on_node: str | None,
     local_rank: str,
     requested: str,
+    variable: str,
     launch: Launch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpu_variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": gpus_on_node}
+    gpu_variables = {variable: visible, "SLURM_GPUS_ON_NODE": gpus_on_node}
     gpu_variables = {name: value for name, value in gpu_variables.items() if value is not None}
     slurm = {
         "SLURM_PROCID": "7",
@@ -410,6 +438,46 @@ def test_a_gpu_is_found_without_nvidia_smi(
     _, err = (process := launch.start(1, {}, PATH=path, **function)).communicate(timeout=30)
     assert process.returncode == 0, err
     assert launch.environment(0).get("DS_ACCELERATOR") == accelerator
+
+
+@pytest.mark.parametrize(
+    ("build", "accelerator"), [("2.13.0+rocm7.0", None), ("2.13.0+cpu", "cpu")]
+)
+def test_a_gpu_of_amd_counts_if_torch_is_built_for_it(
+    build: str, accelerator: str | None, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    folder = launch.folder / f"torch-{build}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {build}\n")
+    write_program(launch.folder / "bin", "nvidia-smi", "exit 127")
+    variables = {
+        "BASH_FUNC_compgen%%": '() { [ "$2" = /dev/kfd ]; }',
+        "PATH": f"{launch.folder / 'bin'}:{os.environ['PATH']}",
+    }
+    _, err = (process := launch.start(1, {}, **variables)).communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert launch.environment(0).get("DS_ACCELERATOR") == accelerator
+
+
+def test_numbers_of_rocm_are_not_applied_twice(launch: Launch) -> None:
+    """The other variables count among the GPUs that ROCR_VISIBLE_DEVICES leaves."""
+    slurm = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_JOB_ID": "9",
+        "SLURM_STEP_ID": "0",
+        "MASTER_ADDR": "n1",
+        "ROCR_VISIBLE_DEVICES": "2,3",
+        "CUDA_VISIBLE_DEVICES": "2,3",
+        "HIP_VISIBLE_DEVICES": "0",
+    }
+    _, err = (process := launch.start(1, {}, **slurm)).communicate(timeout=30)
+    assert process.returncode == 0, err
+    environment = launch.environment(0)
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+    assert (environment["ROCR_VISIBLE_DEVICES"], environment["HIP_VISIBLE_DEVICES"]) == ("2,3", "0")
 
 
 def test_a_missing_interpreter_is_named(launch: Launch) -> None:
@@ -652,28 +720,30 @@ def test_setup_passes_the_settings_of_pip_to_uv(tmp_path: Path) -> None:
     } <= set(environment)
 
 
-@pytest.mark.parametrize("source_has_cpu_build", [True, False])
-def test_setup_installs_the_cpu_build_of_torch(source_has_cpu_build: bool, tmp_path: Path) -> None:
-    """It asks a configured source first and PyTorch's own index second. pyproject.toml overrides
-    the version of torch for uv, which would accept the CUDA build.
+@pytest.mark.parametrize("source", ["configured", "PyTorch", "none"])
+def test_setup_installs_the_cpu_build_of_torch(source: str, tmp_path: Path) -> None:
+    """It asks a configured source first, PyTorch's own index second, and takes the package index's
+    build if neither has it. pyproject.toml overrides the version of torch for uv, which would
+    accept the CUDA build.
     """
     log = tmp_path / "uv.log"
     write_program(
         tmp_path / ".venv" / "bin",
         "python",
         f"""case $* in "-m uv"*) echo "$*" >>{log} ;; esac
-        case $* in *--torch-backend*) ;; *"+cpu") exit {int(not source_has_cpu_build)} ;; esac""",
+        case $* in *--torch-backend*) exit {int(source == "none")} ;;
+        *"+cpu") exit {int(source != "configured")} ;; esac""",
     )
     done = run_setup(tmp_path, POCL_STACK="cpu")
     assert done.returncode == 0, done.stderr
     *torch_calls, last_call = log.read_text().splitlines()
     assert last_call.endswith(" -e .[cpu]") and "--no-config" not in last_call
-    assert len(torch_calls) == (1 if source_has_cpu_build else 2)
-    assert all(call.endswith(" torch==2.13.0+cpu") for call in torch_calls)
+    versions = ["torch==2.13.0+cpu", "torch==2.13.0+cpu", "torch==2.13.0"]
+    count = ["configured", "PyTorch", "none"].index(source) + 1
+    assert [call.split()[-1] for call in torch_calls] == versions[:count]
     assert all("--no-config" in call for call in torch_calls)
-    assert ["--torch-backend cpu" in call for call in torch_calls] == [False, True][
-        : len(torch_calls)
-    ]
+    assert ["--torch-backend cpu" in call for call in torch_calls] == [False, True, False][:count]
+    assert ("about 3 GB to download and 5 GB on the disk" in done.stdout) == (source == "none")
     excluded = (tmp_path / ".venv" / ".pocl-excludes").read_text().split()
     assert excluded == ["torchvision", "torchaudio", "torchcodec"]
 
@@ -714,18 +784,18 @@ def run_script(folder: Path, script: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "arguments"),
-    [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")],
-)
-def test_the_quickstart_runs_one_rank_on_one_gpu(
-    num_gpus: int, arguments: str, tmp_path: Path
-) -> None:
-    create_checkout(tmp_path, "quickstart.sh", num_gpus)
-    *messages, command = run_script(tmp_path, "quickstart.sh", "train.lr=1")
-    assert command.startswith(f"run quickstart --run-dir runs/quickstart {arguments} cuda=")
-    assert len(messages) == (num_gpus == 1)
-    assert all("launch.ranks=1" in line for line in messages)
+def test_the_quickstart_tunes_the_teacher_first(tmp_path: Path) -> None:
+    """Its arguments go to the distillation, and it ends with the commands to go on with."""
+    create_checkout(tmp_path, "quickstart.sh", num_gpus=0)
+    output = run_script(tmp_path, "quickstart.sh", "--baseline", "train.lr=1")
+    commands = [line.partition(" cuda=")[0] for line in output if line.startswith("run ")]
+    folder = "runs/quickstart-teacher"
+    models = f"teacher.model={folder}/export student.model={folder}/export"
+    assert commands == [
+        f"run quickstart-teacher --run-dir {folder}",
+        f"run quickstart --run-dir runs/quickstart {models} --baseline train.lr=1",
+    ]
+    assert [line.split()[1] for line in output[-2:]] == ["run", "submit"]
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1])

@@ -19,7 +19,7 @@ from pocl_ds.config import registry
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
 from pocl_ds.curriculum import sample_scores, sample_weights
 from pocl_ds.curriculum.ranking import STRATEGIES, rank_by_difficulty
-from pocl_ds.difficulty import score
+from pocl_ds.difficulty import plugin_metrics
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import divergences, token_rules
 from pocl_ds.losses.fused_head import loss_sums
@@ -42,8 +42,8 @@ def unsure(signals, *, gain):
     return TokenFactors(weight=gain * (1 - signals.student_label_prob))
 
 @plugins.metric("words")
-def words(responses, references, log_probs):
-    return [len(response.split()) for response in responses]
+def words(samples):
+    return [len(response.split()) for response in samples.responses]
 
 @plugins.strategy("by_id")
 def by_id(scores):
@@ -76,7 +76,7 @@ REGISTRIES: tuple[Any, ...] = (
     token_rules.TOKEN_RULES,
     policies.POLICIES,
     STRATEGIES,
-    score.METRICS,
+    plugin_metrics.METRICS,
     registry.SAMPLE_WEIGHTS,
     registry.DIFFICULTIES,
     sample_weights.RULES,
@@ -163,7 +163,10 @@ def test_a_recipe_uses_all_kinds(plugin: str) -> None:
     assert policy.select_batch(request)[1].tolist() == [4, 4, 4] and policy.state_dict() == {}
 
     # The metric ranks, and so does the strategy.
-    values = score.METRICS["words"](["a b c", "a", "a b"], [["x"]] * 3, [])
+    values = plugin_metrics.metric_values(
+        "words",
+        plugin_metrics.ScoredSamples(list("xyz"), [""] * 3, ["a b c", "a", "a b"], [["x"]] * 3, []),
+    )
     metrics = {"words": np.array(values, float)}
     ranking = rank_by_difficulty(
         [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], ["x", "y", "z"], strategy="words", metrics=metrics

@@ -27,8 +27,9 @@ from pocl_ds.bench.peak_memory import peak_bytes, reset_peak
 from pocl_ds.bench.step_worker import model_configs, time_plain_loop, time_trainer
 from pocl_ds.bench.workloads import Workload, random_samples, write_configs
 from pocl_ds.config import StudentConfig, TeacherConfig
+from pocl_ds.models.dropout import set_dropout
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.load import load_model_config, load_tokenizer, set_dropout
+from pocl_ds.models.load import load_model_config, load_tokenizer
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging

@@ -12,6 +12,7 @@ from hidden_state_child import start_child_instead
 
 from pocl_ds.bench import (
     BENCHMARKS,
+    balance,
     checkpoint,
     estimate,
     loss,
@@ -193,7 +194,7 @@ def test_estimate_predicts_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch)
 def test_sampled_records_have_noise_and_top_k_records_have_bias() -> None:
     lines: list[str] = []
     rows = records.run(["zipf"], lines.append, size=300, tokens=12, seeds=60)
-    assert len(rows) == 6 + 12 and sum("sampled ids" in line for line in lines) == 3 + 6
+    assert len(rows) == 9 + 18 and sum("sampled ids" in line for line in lines) == 3 + 6
     for row in rows:
         if "sampled" in row["records"]:
             assert row["bias"] < 0.2 * row["error"]
@@ -257,3 +258,31 @@ def test_an_argument_that_is_not_a_number_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match="whole numbers"):
         module.run(arguments)
+
+
+def test_balance_prints_imbalances_and_the_steps_of_two_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    variants = []
+
+    def run_ranks(
+        label: str, module: str, arguments: list[str], *_: object, **__: object
+    ) -> object:
+        assert callable(importlib.import_module(module).main)
+        variants.append(arguments[0])
+        return {"seconds": [2.0], "processor_seconds": [[3.0], [1.0]]}
+
+    monkeypatch.setattr(balance, "run_ranks", run_ranks)
+    lines: list[str] = []
+    table = balance.run(["8"], lines.append, rounds=1)
+    assert variants == ["zero3+equal_tokens", "zero3"]
+    assert {row["measured_imbalance"] for row in table["steps"]} == {1.5}
+    for row in table["imbalance"]:
+        assert 1 <= row["floor"] <= row["arithmetic"] <= row["tokens"]
+    roomy = table["imbalance"][3]
+    assert roomy["tokens"] > 1.08 and roomy["arithmetic"] < 1.02
+    by_tokens, by_cost = (row["load_imbalance"] for row in table["steps"])
+    assert by_tokens > 1.1 > 1.02 > by_cost
+    assert any("equal arithmetic" in line for line in lines)
+    with pytest.raises(RecipeError, match="'x' is not a number of ranks"):
+        balance.run(["x"])

@@ -37,18 +37,16 @@ def test_one_shard_of_cache_teacher_stays_one_shard(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its ranks run in separate processes, which receive the shard. Shards run concurrently, so
-    none of them locks the run directory.
+    they share the run directory.
     """
     started: list[list[str]] = []
-    monkeypatch.setattr(
-        pipeline, "run_process", lambda command, lock=None: started.append(command) or 0
-    )
+    monkeypatch.setattr(pipeline, "run_process", lambda command: started.append(command) or 0)
     run = tmp_path / "run"
     for shard in ("0/4", "1/4"):
         lock = (run / ".lock").open("w") if run.exists() else nullcontext()
         with lock as handle, restored_signals():
             if handle:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                fcntl.flock(handle, fcntl.LOCK_SH)
             assert (
                 main(["cache-teacher", str(recipe), "--run-dir", str(run), "--shard", shard]) == 0
             )
@@ -156,7 +154,7 @@ def test_a_wrong_command_line_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("word", "remedy"), [("trian", "did you mean train?"), ("qqqqq", "choose one of run, prep")]
+    ("word", "remedy"), [("trian", "did you mean train?"), ("qqqqq", "use one of run, prep")]
 )
 def test_an_unknown_command(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
     with restored_signals():
@@ -213,3 +211,12 @@ def test_results_are_a_table_with_footnotes(
         f"student  {run.export}",
         f"report   {run.report / 'report.html'}",
     ]
+
+
+def test_a_division_into_too_many_shards_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in ("score", "cache-teacher", "evaluate"):
+        words = ("--run-dir", tmp_path / "run", "--shard", "0/99999999")
+        message = error_message(capsys, step, recipe, *words)
+        assert message == "--shard 0/99999999: a step has at most 10000 shards"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import tiny_models
 from pocl_ds.cluster.estimate_page import estimate_lines
 from pocl_ds.cluster.recipe_estimate import Assumptions, Estimate
 from pocl_ds.config.recipe_file import check_recipe
-from pocl_ds.models.estimate import GPUS, ClusterLayout
+from pocl_ds.errors import RecipeError
+from pocl_ds.models.estimate import GPUS, ClusterLayout, step_times
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,62 @@ def test_the_page_has_the_cache_of_all_teachers(models: dict[str, str]) -> None:
         models, {"model": models["small"], **hidden, "by_domain": {"m": large}}
     )
     pages = [" ".join(estimate_lines(e)[0]) for e in (single, by_stage, by_domain)]
-    sizes = [float(re.findall(r"hidden states (?:at most )?([\d.]+) GB", p)[0]) for p in pages]
-    assert sizes[1] == pytest.approx(5 / 3 * sizes[0], abs=0.01) and sizes[2] == sizes[0] > 0
+    sizes = [float(re.findall(r"hidden states (?:at most )?([\d.]+) MB", p)[0]) for p in pages]
+    assert sizes[1] == pytest.approx(5 / 3 * sizes[0], rel=0.01) and sizes[2] == sizes[0] > 0
     assert "at most" in pages[2] and "at most" not in pages[0] + pages[1]
     heads = by_domain.memory(by_domain.setup)
     assert heads["other teachers: heads"] == heads["teacher: head"]
     assert "other teachers: heads" not in by_stage.memory(by_stage.setup)
+
+
+def test_a_teacher_on_ranks_of_its_own_takes_no_memory_of_the_students(
+    models: dict[str, str],
+) -> None:
+    shared = make_estimate(models, {"model": models["large"]})
+    own = make_estimate(models, {"model": models["large"], "placement": "own_ranks"})
+    memory, before = own.memory(own.setup), shared.memory(shared.setup)
+    assert "teacher: weights" not in memory and memory["teacher: head"] > 0
+    # One rank of the two is the student's, and the other has all weights of the teacher.
+    assert memory["student: weights"] == 2 * before["student: weights"]
+    of_teacher = own.teacher_rank_memory(own.setup)
+    assert of_teacher["teacher: weights"] == 2 * before["teacher: weights"]
+    assert shared.teacher_rank_memory(shared.setup) == {}
+    page = "\n".join(estimate_lines(own)[0])
+    assert "2 ranks, teacher online on 1 of them alone" in page
+    assert re.search(r"memory of each rank that runs the teacher: +2\.\d+ GB", page)
+
+
+def test_student_and_teacher_on_ranks_of_their_own_compute_at_the_same_time(
+    models: dict[str, str],
+) -> None:
+    def seconds(ranks: int, teacher: dict[str, Any]) -> float:
+        estimate = make_estimate(models, {"model": models["large"], **teacher})
+        assumptions = replace(
+            estimate.assumptions, layout=ClusterLayout(1, ranks), utilization=1e-9
+        )
+        estimate.assumptions = assumptions
+        times = step_times(
+            estimate.student,
+            estimate.teacher,
+            estimate.setup,
+            estimate.work,
+            assumptions.layout,
+            assumptions.device,
+            utilization=1e-9,
+            max_new_tokens=8,
+            sequences=8,
+        )
+        return next(time.seconds for time in times if time.name == "train")
+
+    one = seconds(1, {})
+    split = seconds(2, {"placement": "own_ranks"})
+    assert one / 2 < split < one
+    # More ranks of the teacher help until the student is the slower side.
+    more = [seconds(1 + n, {"placement": "own_ranks", "ranks": n}) for n in (1, 2, 8, 16)]
+    assert more[0] >= more[1] >= more[2] == more[3]
+
+
+def test_a_student_without_a_gpu_is_refused(models: dict[str, str]) -> None:
+    own = {"model": models["large"], "placement": "own_ranks", "ranks": 2}
+    with pytest.raises(RecipeError, match=r"teacher\.ranks=2 leaves no GPU for the student of 2"):
+        estimate_lines(make_estimate(models, own))

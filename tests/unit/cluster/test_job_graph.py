@@ -131,6 +131,13 @@ def test_ranks_must_fill_whole_nodes() -> None:
     assert nodes_for(recipe(), GPU, None) == (2, 4)
     assert nodes_for(recipe(launch={"ranks": 2}), GPU, None) == (1, 2)
     assert nodes_for(recipe(), GPU, 5) == (5, 4)
+    own = {"model": "t", "placement": "own_ranks", "ranks": 4}
+    assert nodes_for(recipe(teacher=own), GPU, None) == (3, 4)
+    assert nodes_for(recipe(teacher={**own, "ranks": 2}, launch={"ranks": 2}), GPU, None) == (1, 4)
+    with pytest.raises(
+        RecipeError, match=r"launch\.ranks=8 \+ teacher\.ranks=3 does not fill whole nodes of 4"
+    ):
+        nodes_for(recipe(teacher={**own, "ranks": 3}), GPU, None)
     with pytest.raises(RecipeError, match=r"launch.ranks=6 does not fill whole nodes of 4"):
         nodes_for(
             recipe(launch={"ranks": 6}, train={"batch_size": 66, "micro_batch_size": 1}), GPU, None

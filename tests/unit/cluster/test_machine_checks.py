@@ -106,14 +106,14 @@ def test_every_check_of_this_machine_has_a_message(tmp_path: Path) -> None:
             "exit 9",
             "gpu:h100:8",
             machine_checks.WARN,
-            f"sinfo lists GPUs, and {machine_checks.CPU_BUILD}; ",
+            f"sinfo lists GPUs, and {machine_checks.CPU_BUILD['nvidia']}; ",
         ),
         (
             False,
             "echo 'GPU 0: H100 (UUID: x)'",
             "(null)",
             machine_checks.WARN,
-            f"nvidia-smi lists GPUs, and {machine_checks.CPU_BUILD}; ",
+            f"nvidia-smi lists GPUs, and {machine_checks.CPU_BUILD['nvidia']}; ",
         ),
         (True, "exit 9", "gpu:h100:8", machine_checks.OK, "no GPU; "),
         (
@@ -147,6 +147,23 @@ def test_gpus_that_torch_cannot_use_are_reported(
     monkeypatch.setattr("torch.cuda.init", init)
     finding = machine_checks.check_gpus(None)
     assert finding.state == state and message in finding.message
+
+
+def test_gpus_of_amd_that_torch_cannot_use_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver lists processors as nodes of the number 0."""
+    write_program(tmp_path, "nvidia-smi", "exit 9")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(machine_checks, "KFD_NODES", tmp_path)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    for number, gpu_id in enumerate(("0\n", "51140\n")):
+        assert "AMD" not in machine_checks.check_gpus(None).message
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "gpu_id").write_text(gpu_id)
+    finding = machine_checks.check_gpus(None)
+    assert finding.state == machine_checks.WARN
+    assert "AMD's driver lists GPUs, and torch here is the CPU build" in finding.message
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,13 @@ def test_nodes_that_differ_are_named() -> None:
 def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.recipe.write_text("x")
-    spec = {"name": "train", "gpus_per_node": 0, "keep_last": 2, "lora": False}
+    spec = {
+        "name": "train",
+        "gpus_per_node": 0,
+        "gpu_vendor": "nvidia",
+        "keep_last": 2,
+        "lora": False,
+    }
     assert preflight.preflight(run, spec) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
@@ -68,8 +75,27 @@ def test_a_cpu_build_of_torch_excludes_no_node(
     """A set-up on a login node without a GPU installs the CPU build on every node."""
     monkeypatch.setenv("WORLD_SIZE", ranks)
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
-    code, sentence = preflight.preflight(RunDirectory(tmp_path), {"gpus_per_node": 8})
+    code, sentence = preflight.preflight(
+        RunDirectory(tmp_path), {"gpus_per_node": 8, "gpu_vendor": "nvidia"}
+    )
     assert code == 2 and sentence.endswith("the CPU build: POCL_STACK=cuda bash launch/setup.sh")
+
+
+@pytest.mark.parametrize(
+    ("gpu_vendor", "hip", "message"),
+    [
+        ("amd", None, "gpu_vendor: amd, and torch .* is built for CUDA: .* with a torch for ROCm"),
+        ("nvidia", "7.0", "gpu_vendor: nvidia, and torch .* is built for ROCm: correct"),
+    ],
+)
+def test_a_torch_for_the_other_vendor_is_told(
+    gpu_vendor: str, hip: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.version.hip", hip)
+    spec = {"gpus_per_node": 8, "gpu_vendor": gpu_vendor}
+    code, sentence = preflight.preflight(RunDirectory(tmp_path), spec)
+    assert code == 2 and re.search(message, sentence)
 
 
 def test_a_node_without_the_interface_fails_at_once(
@@ -135,7 +161,9 @@ def test_a_gpu_that_cannot_compute_makes_its_node_unfit(
         lambda device: fail("CUDA error: uncorrectable ECC error encountered"),
     )
     monkeypatch.setattr("torch.cuda.init", lambda: fail("the driver is too old. Please update it"))
-    record = exit_record(tmp_path, {"gpus_per_node": 8, "preflight_seconds": 5}, monkeypatch)
+    record = exit_record(
+        tmp_path, {"gpus_per_node": 8, "gpu_vendor": "nvidia", "preflight_seconds": 5}, monkeypatch
+    )
     assert (record["code"], record["error"]) == (EXIT_UNFIT_NODE, f"preflight: n1: {error}")
     if visible:
         assert machine_checks.check_gpus(None).message.startswith(

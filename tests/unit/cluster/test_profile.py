@@ -32,6 +32,26 @@ def test_shipped_profiles_are_read_back(path: Path) -> None:
         ({"environment": {"A B": "x"}}, ("environment",)),
         ({"jobs": {"train": {"tme": "1"}}}, ("jobs.train.tme does not exist", "did you mean time")),
         ({"container": {"runtime": "docker", "image": "x"}}, ("container.runtime",)),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["/data"]}},
+            ("container.mounts", "as in /data:/data"),
+        ),
+        (
+            {"container": {"runtime": "pyxis", "image": "x", "mounts": ["data:/data"]}},
+            ("container.mounts", "absolute paths"),
+        ),
+        ({"network": "ib0"}, ("network='ib0'", "write")),
+        ({"network": {"interfaces": "ib0"}}, ("interfaces does not exist", "network.interface")),
+        ({"network": {"interface": "$(id)"}}, ("network.interface", "letters, digits")),
+        ({"network": {"ib_hca": "mlx5_0 mlx5_1"}}, ("network.ib_hca", "mlx5_0,mlx5_1:1")),
+        ({"network": {"extra": {"NCCL_IB_TC": 106}}}, ("network.extra.NCCL_IB_TC", "quotes")),
+        ({"network": {"extra": {"NCCL_IB_HCA": "x"}}}, ("write it as network.ib_hca",)),
+        ({"network": {"extra": {"FI_AUTH_KEY": "1b2c3d"}}}, ("network.extra", "plain text")),
+        (
+            {"network": {"interface": "ib0"}, "environment": {"NCCL_SOCKET_IFNAME": "ib1"}},
+            ("environment and network both set NCCL_SOCKET_IFNAME",),
+        ),
+        ({"gpu_vendor": "intel"}, ("gpu_vendor='intel'", "nvidia", "amd")),
     ],
 )
 def test_an_error_in_a_profile_is_one_sentence(

@@ -22,6 +22,7 @@ from pocl_ds.cluster.submit import Submission, resume
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEP_NAMES
 
 
 def submission(run: Path, **profile: Any) -> Submission:
@@ -81,7 +82,7 @@ def test_options_come_before_the_first_command(tmp_path: Path) -> None:
             constraint="a&b",
             time="1-00:00:00",
             options=["--mail-type=END"],
-            interface="ib0",
+            network={"interface": "ib0", "ib_hca": "^mlx5_2", "extra": {"NCCL_IB_TC": "106"}},
             scratch="/scratch/$USER",
             setup=["module load cuda"],
             array_tasks=2,
@@ -115,11 +116,14 @@ def test_options_come_before_the_first_command(tmp_path: Path) -> None:
     assert (
         "module load cuda" in train
         and "export NCCL_SOCKET_IFNAME=ib0" in train
+        and "export GLOO_SOCKET_IFNAME=ib0" in train
+        and "export NCCL_IB_HCA='^mlx5_2'" in train
+        and "export NCCL_IB_TC=106" in train
         and 'export TMPDIR="/scratch/$USER"' in train
     )
     score = [line for line in text["score"].splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --partition=small", "#SBATCH --time=30", "#SBATCH --array=0-2%2"} <= set(score)
-    assert not any("--mem" in line for line in score)
+    assert "#SBATCH --mem=10240M" in score  # all cores of a node, and so all of that memory
 
 
 def test_a_failing_line_of_the_setup_is_reported(tmp_path: Path) -> None:
@@ -184,6 +188,23 @@ def test_the_batch_size_must_divide_by_the_ranks(tmp_path: Path) -> None:
         Submission(submitted.run, submitted.recipe, submitted.profile, nodes=3)
 
 
+def test_the_teachers_ranks_are_part_of_the_jobs_nodes(tmp_path: Path) -> None:
+    submitted = submission(tmp_path / "run")
+    own = {"placement": "own_ranks", "ranks": 2}
+    tree = submitted.recipe.model_dump(mode="json")
+    recipe = check_recipe({**tree, "teacher": {**tree["teacher"], **own}})
+    nodes = {"run": submitted.run, "recipe": recipe, "profile": submitted.profile}
+    four = Submission(**nodes, nodes=None)
+    assert four.recipe.launch.ranks == 2
+    six = Submission(**nodes, nodes=6)
+    assert (six.recipe.launch.ranks, six.recipe.teacher_ranks) == (4, 2)
+    lines = {line.split()[0]: line for line in six.show().splitlines()}
+    assert "nodes 6 x tasks 1, 2 of them for the teacher" in lines["train"]
+    assert "for the teacher" not in lines["score"]
+    with pytest.raises(RecipeError, match=r"teacher.ranks=2 leaves no rank for the student on 2 x"):
+        Submission(**nodes, nodes=2)
+
+
 def test_a_run_without_a_submission_raises(tmp_path: Path) -> None:
     from pocl_ds.cluster.status import status
 
@@ -199,6 +220,7 @@ def test_a_run_without_a_submission_raises(tmp_path: Path) -> None:
             {"runtime": "pyxis", "image": "a.sqsh", "mounts": ("/data:/data",), "python": "python"},
             [
                 "--container-image=a.sqsh",
+                "--container-name=pocl-47",
                 "--container-mounts=/run:/run,/here:/here,/data:/data",
                 "--container-workdir=/here",
             ],
@@ -218,6 +240,13 @@ def test_a_run_without_a_submission_raises(tmp_path: Path) -> None:
                 "a.sif",
             ],
         ),
+        (
+            {"runtime": "singularity", "image": "a.sif", "mounts": ("/a:/b:ro",), "python": "p"},
+            [
+                *("singularity", "exec", "--nv", "--bind", "/run:/run", "--bind", "/here:/here"),
+                *("--bind", "/a:/b:ro", "--pwd", "/here", "a.sif"),
+            ],
+        ),
         (None, []),
     ],
 )
@@ -229,8 +258,16 @@ def test_srun_in_a_container(
         lambda *_: "TaskPlugin              = task/affinity,task/cgroup",
     )
     monkeypatch.setattr("os.getcwd", lambda: "/here")
-    spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
+    monkeypatch.setenv("SLURM_JOB_ID", "47")
+    spec = {
+        "cpus_per_task": 4,
+        "container": container,
+        "gpus_per_node": 4,
+        "gpu_vendor": "nvidia",
+    }
     command = srun_command(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    on_amd = srun_command({**spec, "gpu_vendor": "amd"}, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    assert on_amd == ["--rocm" if word == "--nv" else word for word in command]
     assert command[:5] == [
         "srun",
         "--nodes=2",
@@ -266,6 +303,25 @@ def test_a_resumed_run_stops_at_the_same_step(
     assert [job.name for job in resume(run).jobs] == [
         job.name for job in submitted.jobs
     ] and "train" not in submitted.show()
+
+
+def test_a_run_is_submitted_from_a_step_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps before must be finished."""
+    first = submission(tmp_path / "run")
+    arguments = {"run": first.run, "recipe": first.recipe, "profile": first.profile}
+    with pytest.raises(ArtifactError, match="the step preprocess, which comes before score, is"):
+        Submission(**arguments, nodes=None, start="score")
+    done = {"preprocess", "init-student", "score", "rank"}
+    finished = {name: name in done for name in STEP_NAMES}
+    monkeypatch.setattr("pocl_ds.cluster.submit.finished_steps", lambda *_: finished)
+    first.run.path.mkdir()
+    first.run.recipe.touch()
+    submitted = Submission(**arguments, nodes=None, start="plan", until="plan")
+    assert [job.name for job in submitted.jobs] == ["plan"]
+    with pytest.raises(ArtifactError, match="the step plan, which comes before train, is not"):
+        Submission(**arguments, nodes=None, start="train")
+    # generate-teacher is not finished, but this recipe does not use it.
+    assert Submission(**arguments, nodes=None, start="score").jobs[0].name == "plan"
 
 
 def test_srun_starts_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

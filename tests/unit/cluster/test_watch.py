@@ -66,6 +66,7 @@ def write_training(run: RunDirectory, steps: int) -> None:
                 "optimizer_seconds": 0.2,
                 "wait_seconds": 0.3,
                 "mfu": 0.4,
+                "load_imbalance": 1.25,
                 "tokens_per_second": 100.0,
                 "memory_gib": 1.5,
                 "gpu_busy": 80.0,
@@ -89,7 +90,8 @@ def test_a_training_shows_rate_curves_and_resources(run: RunDirectory) -> None:
     view = read_view(run)
     text = render(view, 100)
     assert "train: step 15/30, stage 2/2, 2.00 s a step, 100 tokens/s, 30 s left" in text
-    assert "of a step: data 0%, teacher 25%, student 50%, optimizer 10%, wait 15%, MFU 40%" in text
+    parts = "data 0%, teacher 25%, student 50%, optimizer 10%, wait 15%"
+    assert f"of a step: {parts}, MFU 40%, load imbalance 1.25" in text
     assert "memory 1.5 GiB (rank 0), GPU 80% busy, generation 25% of a step" in text
     assert "loss        0.2000  █" in text and "checkpoint step-00000010" in text
     assert not view.finished

@@ -6,6 +6,7 @@ import datetime
 import inspect
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,3 +90,25 @@ def test_a_shared_tensor_is_opened_under_the_number_of_its_gpu_in_this_process(
         opened = list(torch_private.open_cuda_tensor(tuple(names), torch.device(device)))
         assert opened.pop(torch_private._HANDLE_DEVICE) == number
         assert opened == [name for name in names if name != "storage_device"]
+
+
+def test_messages_between_processes_outside_the_default_group(tmp_path: os.PathLike[str]) -> None:
+    """Two ends of a connection in two threads: order is kept, and bytes arrive as they were."""
+    store = dist.FileStore(f"{tmp_path}/messages", 2)
+
+    def connect(rank: int) -> torch_private.PointToPoint:
+        return torch_private.PointToPoint(store, rank, 2, TIMEOUT)
+
+    with ThreadPoolExecutor(2) as executor:
+        one, other = executor.map(connect, (0, 1))
+    sent = [torch.full((3,), value, dtype=torch.bfloat16) for value in (1.5, 2.5)]
+    received = [torch.empty(3, dtype=torch.bfloat16) for _ in sent]
+    works = [other.receive(tensor, 0, 5) for tensor in received]
+    works += [one.send(tensor, 1, 5) for tensor in sent]
+    for work in works:
+        work.wait()
+    assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+
+
+def test_this_process_has_lost_no_gpu() -> None:
+    assert torch_private.is_gpu_lost_by_fork() is False

@@ -92,6 +92,7 @@ def test_weights_outside_of_0_to_1(weight: Any) -> None:
         ("/data/*.parquet", "data"),
         (["x/a.csv", "x/b.csv"], "a"),
         ("documentation", "documentation"),
+        ("stories", "stories"),
     ],
 )
 def test_names_of_sources(source: Any, label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from pocl_ds.config import Recipe, TrainConfig, semantic_fields
 from pocl_ds.config.recipe_file import check_recipe, dump_recipe, load_recipe
+from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import RECIPES
 from pocl_ds.workflow.steps import fingerprints
@@ -78,6 +80,13 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (recipe_tree(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
     (recipe_tree(train__lr=float("nan")), ("train.lr", "finite")),
+    (
+        recipe_tree(loss__thought_weight=-1),
+        ("loss.thought_weight=-1", "greater than or equal to 0"),
+    ),
+    (recipe_tree(evaluate__span="thought"), ("evaluate.span='thought'", "response", "answer")),
+    (recipe_tree(loss__thought_weight=float("inf")), ("loss.thought_weight", "finite")),
+    (recipe_tree(loss__thought_weight="half"), ("loss.thought_weight='half'", "number")),
     (recipe_tree(train__lr=1e-8), ("train.min_lr=1e-07", "train.lr=1e-08")),
     (recipe_tree(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "never")),
     (recipe_tree(curriculum__temperature=[0, 2]), ("curriculum.temperature", "greater than 0")),
@@ -437,6 +446,34 @@ def test_bad_overrides(override: str, words: tuple[str, ...], tmp_path: Path) ->
         load_recipe(str(file), [override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_yaml_that_grows_without_end_is_refused_at_once() -> None:
+    """Seven levels of merge keys took 99 seconds, and a number of base 60 minutes."""
+    levels = [f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 8)]
+    start = time.monotonic()
+    with pytest.raises(yaml.YAMLError, match=r"merge keys \(<<\) are not read"):
+        parse_yaml("".join(["a0: &a0 {k: 1}\n", *levels]))
+    sexagesimal = ":".join(["1"] * 100_000)
+    assert parse_yaml(f"a: {sexagesimal}\nb: 1:30:00") == {"a": sexagesimal, "b": "1:30:00"}
+    for text in (f"!!int {sexagesimal}", "!!float 1:30", "9" * 500):
+        with pytest.raises(yaml.YAMLError, match="is not of the type of its tag"):
+            parse_yaml(f"a: {text}")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "score.shards=99999999",
+        "teacher_cache.shards=99999999",
+        "train.hang_timeout_seconds=1e15",
+        f"name={'x' * 101}",
+    ],
+)
+def test_numbers_that_no_machine_can_serve_are_refused(override: str) -> None:
+    with pytest.raises(RecipeError, match=f"recipe field {override.partition('=')[0]}="):
+        load_recipe("quickstart", [override])
 
 
 @pytest.mark.parametrize(

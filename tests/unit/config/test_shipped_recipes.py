@@ -22,7 +22,7 @@ REQUIRED = {
     "tinyllama-1gpu",
     "teacher-sft",
 }
-MEASURED = {"quickstart", "smollm2-teacher", "smollm2-study"}
+MEASURED = {"smollm2-teacher", "smollm2-study"}
 
 
 def test_the_required_recipes_are_shipped() -> None:

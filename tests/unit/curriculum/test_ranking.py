@@ -21,7 +21,7 @@ from pocl_ds.curriculum.ranking import (
     rank_by_difficulty,
     tied_fraction,
 )
-from pocl_ds.difficulty.score import METRICS
+from pocl_ds.difficulty.plugin_metrics import METRICS
 from pocl_ds.errors import DataError, RecipeError
 
 Row = tuple[str, float, float]  # id, rouge_l, cross_entropy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -108,6 +110,47 @@ def test_packed_holds_the_same_tokens_without_padding(
         assert (
             packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1
         )  # of the same sample
+
+
+@given(SAMPLES, st.randoms(use_true_random=False), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_the_parts_of_a_packed_row_together_are_the_row(
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[tuple[list[int], int]],
+    random: Random,
+    parts: int,
+) -> None:
+    split = write_split(tmp_path_factory.mktemp("split"), samples)
+    rows = random.sample(range(len(samples)), random.randint(0, len(samples)))
+    row = collate(split, rows, packed=True)
+    row = replace(row, teacher_outputs=torch.arange(len(row.labels))[:, None])
+    shards = [row.sequence_shard(part, parts) for part in range(parts)]
+
+    # Tokens: equal parts, and the end is filled with a sample of padding.
+    assert row.lengths is not None
+    tokens = torch.cat([shard.input_ids for shard in shards], 1)
+    positions = torch.cat([shard.position_ids for shard in shards], 1)
+    total, width = sum(row.lengths), shards[0].input_ids.shape[1]
+    assert len({shard.input_ids.shape for shard in shards}) == 1 and width * parts - total < parts
+    assert torch.equal(tokens[:, :total], row.input_ids)
+    assert torch.equal(positions[:, :total], row.position_ids)
+    for shard in shards:
+        assert shard.lengths is not None and sum(shard.lengths) == width * parts
+        assert shard.lengths[: len(row.lengths)] == row.lengths
+
+    # Loss tokens: each in the part that has the hidden state that predicts it.
+    for name in ("labels", "sample_of_token", "teacher_outputs"):
+        assert torch.equal(torch.cat([getattr(s, name) for s in shards]), getattr(row, name))
+    starts = [part * width for part in range(parts)]
+    own = [shard.positions + start for shard, start in zip(shards, starts, strict=True)]
+    assert torch.equal(torch.cat(own), row.positions)
+    places = torch.arange(len(row.labels))
+    for shard in shards:
+        assert torch.equal(places[shard.loss_token_range], shard.teacher_outputs[:, 0])
+        for place, value in zip(places[shard.loss_token_range], shard.token_positions, strict=True):
+            of_sample = places[row.sample_of_token == row.sample_of_token[place]]
+            expected = (place - of_sample[0]) / max(len(of_sample) - 1, 1)
+            assert value == pytest.approx(float(expected))
 
 
 def test_an_eos_that_is_the_padding_is_a_label(tmp_path: Path) -> None:

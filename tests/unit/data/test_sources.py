@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ import pytest
 from source_reading import CONTAINERS, RECORDS, lines, places, read, read_error, write
 
 from pocl_ds.config.data import SourceConfig
+from pocl_ds.data import records
 from pocl_ds.data.sources import read_records, read_samples, read_source_records
+from pocl_ds.errors import DataError
 
 
 def compressed_zst(content: bytes) -> bytes:
@@ -273,8 +276,8 @@ class TestFiles:
         ("name", "content", "problem"),
         [
             ("x.jsonl", b'{"a": "\xe9"}\n{}', "line 1 is not UTF-8 (invalid continuation byte)"),
-            ("x.json", b'[\n{"a": "\xe9"}]', "is not UTF-8 (invalid continuation byte)"),
-            ("x.csv", b"a\n\xe9\n", "is not UTF-8 (invalid continuation byte)"),
+            ("x.json", b'[\n{"a": "\xe9"}]', "line 2 is not UTF-8 (invalid continuation byte)"),
+            ("x.csv", b"a\n\xe9\n", "line 2 is not UTF-8 (invalid continuation byte)"),
             ("x.jsonl", '{"a": 1}'.encode("utf-16"), "is not UTF-8 (it is UTF-16)"),
             ("x.parquet", b"PAR0" * 8, "is not a Parquet file ("),
             ("x.arrow", b"ARRO" * 8, "is not an Arrow file ("),
@@ -288,6 +291,24 @@ class TestFiles:
     )
     def test_damaged_files(self, tmp_path: Path, name: str, content: bytes, problem: str) -> None:
         assert problem in read_error(write(tmp_path / name, content))
+
+    @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
+    def test_a_record_beyond_the_limit_is_refused_before_it_is_tokenized(
+        self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One of 100 MB took 9 GB of memory."""
+        monkeypatch.setattr(records, "MAX_RECORD_CHARACTERS", 100)
+        text = "x" * 200
+        contents = {
+            "x.jsonl": json.dumps({"instruction": "a", "output": text}) + "\n",
+            "x.json": json.dumps([{"instruction": "a", "output": text}]),
+            "x.csv": f"instruction,output\na,{text}\n",
+        }
+        with pytest.raises(DataError) as caught:
+            list(read_samples(write(tmp_path / name, contents[name])))
+        assert re.search(
+            r"x\.\w+ (line|record) \d has 201 characters, and a record may have", str(caught.value)
+        )
 
 
 class TestHub:

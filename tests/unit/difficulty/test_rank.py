@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from manifests import seal
 
 from pocl_ds.config import RankingConfig, registry
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty
@@ -231,6 +232,7 @@ def test_plugin_metric_orders_and_is_stored(
             for i, line in enumerate(lines)
         )
     )
+    seal(path.with_name(f"{path.name}.manifest.json"))
     _rank(run, strategy="length")
     expected_order = sorted(range(60), key=lambda i: (i % 7, rows[i][2]))
     assert np.load(run.ranking / "order.npy").tolist() == expected_order
@@ -253,17 +255,17 @@ def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> N
 
 
 def test_missing_and_unfinished_shards_are_named(run: RunDirectory, rows: list[Row]) -> None:
-    with pytest.raises(ArtifactError, match="no finished scores"):
+    with pytest.raises(ArtifactError, match="no finished and undamaged scores"):
         _rank(run)
     write_shard(run, rows[:20], 0, 3)
     write_shard(run, rows[40:], 2, 3)
     with pytest.raises(
-        ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing or unfinished"
+        ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing, unfinished or damaged"
     ):
         _rank(run)
     write_shard(run, rows[20:40], 1, 3, finished=False)
     with pytest.raises(
-        ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing or unfinished"
+        ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing, unfinished or damaged"
     ):
         _rank(run)
     assert not run.ranking.exists()
@@ -307,6 +309,7 @@ def test_damaged_lines_are_named(run: RunDirectory, rows: list[Row], line: str) 
     path = write_shard(run, rows, 0, 1)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
+    seal(path.with_name(f"{path.name}.manifest.json"))
     with pytest.raises(ArtifactError, match=r"shard-00000-of-00001\.jsonl line 61 is damaged"):
         _rank(run)
 

@@ -24,6 +24,7 @@ from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.difficulty import score as score_step
+from pocl_ds.difficulty.plugin_metrics import METRICS, ScoredSamples
 from pocl_ds.difficulty.score import score_training_samples
 from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished_shards
 from pocl_ds.errors import ArtifactError, DataError, ModelError, RecipeError
@@ -61,12 +62,11 @@ def make_run(
     lines: list[str] = []
     for row in range(samples):
         answer = texts[row % len(texts)]
+        question = f"Explain number {row}." * (1 + row % 3)
         sample = Sample.from_instruction(
-            f"s{row * 7 % 13:02d}-{row}", "", answer, other_references=("another one",)
+            f"s{row * 7 % 13:02d}-{row}", question, answer, other_references=("another one",)
         )
-        prompt = tokenizer(f"Explain number {row}." * (1 + row % 3)).input_ids[
-            : PROMPT.max_prompt_tokens
-        ]
+        prompt = tokenizer(question).input_ids[: PROMPT.max_prompt_tokens]
         response = [] if empty else tokenizer(answer).input_ids
         ids.append(sample.id)
         prompt_tokens.append(len(prompt))
@@ -254,7 +254,7 @@ def test_kill_keeps_finished_shards_and_no_partial_ones(
     monkeypatch.setattr(score_step, "rouge_l_many", interrupted_rouge_l)
     with pytest.raises(KeyboardInterrupt):
         run_score(run, tiny_llama, config(3))
-    assert sorted(path.name for path in run.scores.iterdir()) == [
+    assert sorted(path.name for path in run.scores.glob("[!.]*")) == [
         shard_file(run, 0, 3).name,
         shard_manifest(run, 0, 3),
     ]
@@ -277,7 +277,7 @@ def test_other_fingerprint_is_scored_again(tiny_llama: Path, tmp_path: Path) -> 
     run_score(run, tiny_llama, config(3))
     assert unfinished_shards(run, config(2), "g") == [0, 1]
     run_score(run, tiny_llama, config(2, max_new_tokens=3), fingerprint="g", shard=1)
-    assert sorted(path.name for path in run.scores.iterdir()) == [
+    assert sorted(path.name for path in run.scores.glob("[!.]*")) == [
         shard_file(run, 1, 2).name,
         shard_manifest(run, 1, 2),
     ]
@@ -287,7 +287,7 @@ def test_shards_of_an_abandoned_division_are_removed(tiny_llama: Path, tmp_path:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(3), shard=0)
     run_score(run, tiny_llama, config(1))
-    assert sorted(path.name for path in run.scores.iterdir()) == [
+    assert sorted(path.name for path in run.scores.glob("[!.]*")) == [
         shard_file(run, 0, 1).name,
         shard_manifest(run, 0, 1),
     ]
@@ -361,9 +361,9 @@ def test_errors_name_their_cause(tiny_llama: Path, tmp_path: Path) -> None:
 def length_metric(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A metric `length`: the references' tokens."""
     monkeypatch.setitem(
-        score_step.METRICS,
+        METRICS,
         "length",
-        lambda responses, references, log_probs: [len(values) for values in log_probs],
+        lambda samples: [len(values) for values in samples.log_probs],
     )
     registry.METRICS.append("length")
     yield "length"
@@ -376,6 +376,30 @@ def test_plugin_metric_is_scored(tiny_llama: Path, tmp_path: Path, length_metric
     assert all(
         record["metrics"] == {length_metric: record["tokens"]} for record in read_scores(run, 1)
     )
+
+
+def test_a_metric_reads_prompts_responses_and_references(
+    tiny_llama: Path, tmp_path: Path, length_metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ScoredSamples] = []
+
+    def record(samples: ScoredSamples) -> list[float]:
+        seen.append(samples)
+        return [0.0] * len(samples.ids)
+
+    monkeypatch.setitem(METRICS, length_metric, record)
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    run_score(run, tiny_llama, config(metrics=(length_metric,)))
+    stored = [
+        Sample.from_json(line) for line in (run.data / "train.jsonl").read_text().splitlines()
+    ]
+    (samples,), records = seen, read_scores(run, 1)
+    assert samples.ids == [sample.id for sample in stored]
+    assert samples.prompts == [sample.messages_with_input[-2].content for sample in stored]
+    assert all(samples.prompts)
+    assert samples.references == [list(sample.references) for sample in stored]
+    assert samples.responses == [record["response"] for record in records]
+    assert [len(values) for values in samples.log_probs] == [r["tokens"] for r in records]
 
 
 @pytest.mark.vllm
@@ -431,9 +455,7 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 def test_plugin_metric_must_give_one_number_per_sample(
     metric: Any, message: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        score_step.METRICS, "custom", lambda responses, references, log_probs: metric(responses)
-    )
+    monkeypatch.setitem(METRICS, "custom", lambda samples: metric(samples.responses))
     run = make_run(tmp_path / "run", load_tokenizer(str(tiny_llama)))
     with pytest.raises((RecipeError, DataError), match=re.escape(message)):
         run_score(

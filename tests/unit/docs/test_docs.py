@@ -82,7 +82,7 @@ def test_every_command_has_a_help_text_and_an_example() -> None:
 def test_equations_have_one_number_each_and_docstrings_cite_existing_ones() -> None:
     numbers = equation_numbers((DOCS / "method.md").read_text(encoding="utf-8"))
     # An equation that was added later has the next number, in the section that it belongs to.
-    assert sorted(numbers) == list(range(1, 34))
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
     faults = []
     for file in sorted((ROOT / "pocl_ds").rglob("*.py")):
         source = file.read_text(encoding="utf-8")

@@ -209,7 +209,7 @@ def test_missing_results_are_errors(make_run: MakeRun, tmp_path: Path) -> None:
         compare_models(a, a, measure="bleu")
     file = answers_file(a.run, "student", "dolly", 20)
     (file.parent / f"{file.name}.manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="missing or unfinished"):
+    with pytest.raises(ArtifactError, match="missing, unfinished or damaged"):
         compare_models(a, a)
 
 

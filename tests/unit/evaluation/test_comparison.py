@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from pocl_ds.evaluation.comparison import (
     MIN_ITEMS,
     compare_benchmark_means,
+    compare_ratios,
     compare_scores,
     comparison_sentence,
     seed_deviation,
@@ -162,3 +163,23 @@ def test_the_sentence_states_direction_margin_and_p() -> None:
 def test_invalid_scores_are_rejected(a: np.ndarray, b: np.ndarray) -> None:
     with pytest.raises(ValueError):
         compare_scores(a, b)
+
+
+def test_ratios_are_compared_over_all_tokens() -> None:
+    """Against resampling by hand, and the normal approximation of a ratio of means."""
+    source = np.random.default_rng(3)
+    sizes = source.integers(1, 20, 400).astype(float)
+    a = sizes * source.normal(2.0, 0.5, 400)
+    b = a - sizes * source.normal(0.3, 0.4, 400)
+    result = compare_ratios(a, b, sizes)
+    assert result.mean_a == pytest.approx(a.sum() / sizes.sum())
+    assert result.difference == pytest.approx((b - a).sum() / sizes.sum())
+    residuals = (b - a) - result.difference * sizes
+    error = residuals.std(ddof=1) / math.sqrt(len(a)) / sizes.mean()
+    assert result.half_width == pytest.approx(1.96 * error, rel=0.05)
+    assert result.low < result.difference < result.high and result.is_significant
+    drawn = [source.integers(0, 400, 400) for _ in range(2000)]
+    by_hand = [(b - a)[rows].sum() / sizes[rows].sum() for rows in drawn]
+    assert np.quantile(by_hand, [0.025, 0.975]) == pytest.approx(
+        [result.low, result.high], abs=0.1 * result.half_width
+    )

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
 from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.data.tokenized import TokenizedSplit
-from pocl_ds.errors import ModelError, PoclError
+from pocl_ds.errors import ArtifactError, ModelError, PoclError
 from pocl_ds.evaluation import evaluate, held_out_loss
-from pocl_ds.evaluation.answers import answer_settings
+from pocl_ds.evaluation.answers import answer_settings, read_answers
 from pocl_ds.evaluation.evaluated_models import model_path
 from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
 from pocl_ds.metrics.rouge import rouge_l
@@ -78,6 +78,27 @@ def test_only_unfinished_answers_are_generated_again(
     generate(run, config, prompt, "student")
     with pytest.raises(AssertionError):
         generate(run, make_config(max_new_tokens=9), prompt, "student")
+
+
+@pytest.mark.parametrize("damage", ["half", "nothing", "a flipped bit", "no manifest's text"])
+def test_damaged_answers_are_generated_again(
+    damage: str, run: RunDirectory, make_config: MakeConfig, prompt: PromptConfig
+) -> None:
+    """Half of the answers were summarized as if they were all."""
+    config = make_config(seeds=(10,))
+    generate(run, config, prompt, "student")
+    file = run.evaluation / "student" / "test-seed10.jsonl"
+    complete = file.read_bytes()
+    lines = complete.splitlines(keepends=True)
+    if damage == "no manifest's text":
+        file.with_name(f"{file.name}.manifest.json").write_text("")
+    else:
+        parts = {"half": b"".join(lines[: len(lines) // 2]), "nothing": b""}
+        file.write_bytes(parts.get(damage, complete.replace(b"the", b"The", 1)))
+    with pytest.raises(ArtifactError, match="missing, unfinished or damaged: run `pocl evaluate"):
+        read_answers(file)
+    generate(run, config, prompt, "student")
+    assert file.read_bytes() == complete
 
 
 def test_a_benchmark_file_has_the_format_of_training_data(

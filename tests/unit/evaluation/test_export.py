@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config import ExportConfig
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation import export as export_module
 from pocl_ds.evaluation.export import export
@@ -111,6 +113,18 @@ def test_a_folder_with_other_files_is_not_changed(
     assert (export(run, out=empty, recipe_yaml=recipe, fingerprint="x") / "config.json").is_file()
 
 
+def test_no_text_of_the_recipe_breaks_out_of_the_model_card(run: RunDirectory, recipe: str) -> None:
+    """A fence in a description ended the block, and the rest was Markdown of its own."""
+    tree = parse_yaml(recipe)
+    tree["hardware"] = "one GPU\n```\n# My heading\n````\n"
+    tree["student"]["model"] = "a`b"
+    card = model_card(run, dump_yaml(tree), 1000)
+    blocks = re.findall(r"^(`{3,})yaml\n(.*?)\n\1$", card, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    assert parse_yaml(blocks[0][1])["hardware"] == tree["hardware"]
+    assert "made from ``a`b``" in card
+
+
 def test_the_model_card_has_no_local_paths(run: RunDirectory, recipe: str) -> None:
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     texts = [
@@ -199,10 +213,9 @@ def test_the_model_card_names_the_method(
         run.plan / "plan.json",
         {"batch_size": 8, "scheduler": "baby_step", "stages": [stage] * stages},
     )
-    words = ["teacher.model=T", "baseline.enabled=false", *overrides]
-    card = model_card(run, dump_recipe(load_recipe("quickstart", words)), 1000).split("## Recipe")[
-        0
-    ]
+    words = ["teacher.model=T", "teacher.mode=online", "baseline.enabled=false", *overrides]
+    recipe = load_recipe("quickstart", words)
+    card = model_card(run, dump_recipe(recipe), 1000).split("## Recipe")[0]
     assert all(text in card for text in expected), card
     assert not any(text in card for text in unexpected), card
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from judge_server import JudgeServer, judge_config
+from manifests import seal
 
 from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.data import template_limits
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.evaluation import evaluated_models
 from pocl_ds.evaluation.answers import answers_file
@@ -69,6 +71,19 @@ def test_scores_are_parsed(text: str, score: float | None) -> None:
 )
 def test_verdicts_are_parsed(text: str, score: float | None) -> None:
     assert parse_verdict(text) == score
+
+
+def test_emptied_verdicts_are_asked_again(answered: RunDirectory, server: JudgeServer) -> None:
+    """They gave a mean over no items."""
+    server.reply = lambda *_: (200, "Score: 8", {})
+    settings = judge_config(server.url, max_samples=None)
+    judge_answers(answered, settings, ["student"])
+    file = verdicts_file(answered, "student", "b", 10)
+    file.write_text("")
+    with pytest.raises(ArtifactError, match="missing, unfinished or damaged"):
+        read_verdicts(file)
+    judge_answers(answered, settings, ["student"])
+    assert len(read_verdicts(file)) == 12 and len(server.requests) == 24
 
 
 def test_each_item_is_scored_and_the_results_contain_the_mean(
@@ -211,6 +226,37 @@ def test_another_prompt_template_is_judged_again(
         )
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ 'a' * 10 ** 14 }}", "{{ '%0999999999999d' % 1 }}"], ids=["product", "format"]
+)
+def test_a_template_that_takes_too_much_is_refused(
+    answered: RunDirectory, server: JudgeServer, tmp_path: Path, template: str
+) -> None:
+    path = tmp_path / "bomb.jinja"
+    path.write_text(template)
+    settings = judge_config(server.url, prompt_template=str(path))
+    with pytest.raises(RecipeError, match="takes more than 2 GiB of memory for one short item"):
+        judge_answers(answered, settings, ["student"])
+    assert not server.requests
+
+
+def test_an_item_that_makes_the_template_costly_is_named(
+    answered: RunDirectory,
+    server: JudgeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The short item of the check before costs little."""
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 1)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    path = tmp_path / "bomb.jinja"
+    path.write_text(f"{{% if question != 'short' %}}{loops}{{% endif %}}{{{{ answer }}}}")
+    settings = judge_config(server.url, prompt_template=str(path))
+    with pytest.raises(RecipeError, match=r"bomb.jinja takes more than 1 s for the item '.+'"):
+        judge_answers(answered, settings, ["student"])
+    assert not server.requests
+
+
 def test_pairs_are_judged_in_both_orders(answered: RunDirectory, server: JudgeServer) -> None:
     """A judge that always prefers the first answer yields ties; one that prefers a model counts."""
     settings = judge_config(server.url, mode="pairwise", opponent="initial", max_samples=None)
@@ -255,6 +301,7 @@ def test_win_rates_over_other_opponents_are_not_compared(
         shutil.copytree(run.evaluation / "initial", run.evaluation / "teacher")
         file = answers_file(run, other_model, "b", 10)
         file.write_text(file.read_text().replace("initial says", f"initial says {text}"))
+        seal(file.with_name(f"{file.name}.manifest.json"))
         settings = judge_config(
             server.url,
             mode="pairwise",

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from judge_server import KEY, JudgeServer, Reply, free_port, judge_config
+from served_models import serve_vllm
 
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe
@@ -142,6 +136,16 @@ def test_a_truncated_reply_has_no_score(answered: RunDirectory, server: JudgeSer
     }
 
 
+def test_a_reply_may_have_half_of_a_surrogate_pair(
+    answered: RunDirectory, server: JudgeServer
+) -> None:
+    reply = r'{"choices": [{"message": {"content": "\ud83d Score: 5"}}]}'
+    server.reply = lambda *_: (200, reply, {"raw": "yes"})
+    judge_answers(answered, judge_config(server.url, max_samples=1), ["student"])
+    (record,) = read_verdicts(verdicts_file(answered, "student", "b", 10))
+    assert record["score"] == 5 and record["replies"] == ["\ufffd Score: 5"]
+
+
 def test_an_unreachable_endpoint_is_an_error(
     answered: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,55 +210,9 @@ def vllm_server(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The address of a real vLLM server with a tiny model. It takes half a minute to start."""
     import tiny_models
 
-    model, port = tiny_models.llama(models_folder / "judge"), free_port()
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--served-model-name",
-        "tiny",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-        "--api-key",
-        KEY,
-    ]
-    with log.open("w") as stream:
-        child = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert child.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(child.pid, signal.SIGTERM)
-        try:
-            child.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+    log, model = tmp_path_factory.mktemp("vllm") / "log", tiny_models.llama(models_folder / "judge")
+    with serve_vllm(model, log, "--served-model-name", "tiny", "--api-key", KEY) as url:
+        yield url
 
 
 @pytest.mark.weekly

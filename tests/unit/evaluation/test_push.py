@@ -12,6 +12,7 @@ import pytest
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.evaluation.export import export
 from pocl_ds.evaluation.push import push
+from pocl_ds.workflow.files import MARK
 from pocl_ds.workflow.run_dir import RunDirectory
 
 TOKEN = "hf_tok_0123456789"
@@ -75,7 +76,7 @@ def test_a_dry_run_lists_files_without_the_hub(
     output = push(folder, "my-org/my-student", private=True, dry_run=True)
     assert "my-org/my-student" in output and "private" in output and "manifest.json" not in output
     for file in folder.iterdir():
-        assert file.name == "manifest.json" or file.name in output
+        assert file.name in ("manifest.json", MARK) or file.name in output
     size = (folder / "model.safetensors").stat().st_size
     assert f"{size / 1000:.1f} kB" in output
 

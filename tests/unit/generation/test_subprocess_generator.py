@@ -69,8 +69,8 @@ def test_no_room_for_weights_is_one_sentence(
 ) -> None:
     memory, disk = free_bytes
     sentence = (
-        f"neither {memory} nor {disk} has 0.0 GB free .* set TMPDIR to a larger directory, or set "
-        "policy.rollout_backend=transformers"
+        rf"neither {memory} nor {disk} has [\d.]+ k?B free .* set TMPDIR to a larger directory, "
+        "or set policy.rollout_backend=transformers"
     )
 
     def raise_disk_full(*_: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import fused_inputs
-from pocl_ds.losses.divergences import DIVERGENCES, divergence_options
+from pocl_ds.losses.divergences import DIVERGENCES, MASKED, divergence_options
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.record_codec import MAX_IDS
@@ -54,9 +54,8 @@ def test_a_record_holds_the_largest_probabilities_and_the_mass_of_all_others(
         ids, log_p = codec.decode(records, temperature)
         exact = torch.log_softmax(logits / temperature, -1)
         largest = logits.topk(k, -1).values
-        assert torch.equal(logits.gather(-1, ids), largest.float().double()) or torch.allclose(
-            logits.gather(-1, ids), largest
-        )
+        assert torch.allclose(logits.gather(-1, ids).sort(-1, descending=True).values, largest)
+        assert bool((ids.diff() > 0).all())
         span = largest[:, :1] - largest[:, -1:]
         # Half a quantization step in either direction, and rounding in float32.
         step = span / 65_535 / temperature + 1e-5 + 1e-6 * largest.abs().max()
@@ -64,6 +63,56 @@ def test_a_record_holds_the_largest_probabilities_and_the_mass_of_all_others(
         other_mass = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
         assert torch.allclose(log_p[:, -1].double().exp(), other_mass, atol=2e-4)
         assert torch.allclose(log_p.exp().sum(-1), torch.ones(tokens))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 4),
+    size=st.sampled_from([12, 64, 70_000]),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from([0.1, 3.0, 30.0]),
+    top_p=st.sampled_from([None, 0.5, 0.99]),
+)
+def test_log_probabilities_give_the_records_of_their_logits(
+    tokens: int, size: int, k: int, seed: int, spread: float, top_p: float | None
+) -> None:
+    logits, codec = logits_of(tokens, size, seed, spread), TopKCodec(k, size, (1.0,), top_p)
+    logs, ids = torch.log_softmax(logits, -1).topk(k)
+    records = codec.encode_top(ids, logs, torch.ones(size, dtype=torch.bool))
+    served_ids, served = codec.decode(records, 1.0)
+    own_ids, own = codec.decode(codec.encode(logits), 1.0)
+    assert torch.equal(served_ids, own_ids)
+    assert torch.allclose(served[:, :k], own[:, :k], atol=1e-4 + 2e-4 * spread)
+    assert torch.allclose(served[:, k].exp(), own[:, k].exp(), atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 99), masked=st.integers(1, 9), spread=st.sampled_from([0.1, 3.0]))
+def test_ids_that_take_no_part_lose_their_probability(
+    seed: int, masked: int, spread: float
+) -> None:
+    """The others are normalized without them; a short list gets further ids with even shares."""
+    k, size = 6, 40
+    logits = logits_of(5, size, seed, spread)
+    allowed = torch.ones(size, dtype=torch.bool)
+    allowed[torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:masked]] = False
+    logs, ids = torch.log_softmax(logits, -1).topk(k)
+    codec = TopKCodec(k, size, (1.0,))
+    stored, log_p = codec.decode(
+        codec.encode_top(torch.where(allowed[ids], ids, -1), logs, allowed), 1.0
+    )
+    assert allowed[stored].all() and (stored.sort(-1).values.diff(dim=-1) > 0).all()
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(5), atol=1e-4)
+    for row in range(5):
+        # Only the mass of the masked ids among the k is known to the student.
+        removed = logs[row][~allowed[ids[row]]].exp().sum()
+        known = {int(i): float(v.exp() / (1 - removed)) for i, v in zip(ids[row], logs[row])}
+        others = 1 - sum(value for i, value in known.items() if allowed[i])
+        share = others / (int(allowed.sum()) - sum(bool(allowed[i]) for i in known))
+        share = min(share, *known.values())  # no other id has more
+        for i, value in zip(stored[row].tolist(), log_p[row].exp().tolist()):
+            assert value == pytest.approx(known.get(i, share), rel=2e-3, abs=1e-6)
 
 
 def test_a_record_is_small() -> None:
@@ -198,3 +247,67 @@ def test_unsupported_sizes_and_temperatures_are_refused() -> None:
     codec = TopKCodec(2, 10, (1.0,))
     with pytest.raises(RecipeError, match=r"hold temperature 1, not 1\.5"):
         codec.decode(codec.encode(torch.randn(3, 10)), 1.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    top_p=st.sampled_from([1e-6, 0.3, 0.8, 0.99, 1.0]),
+    k=st.integers(1, 9),
+    size=st.sampled_from([12, 65_537]),
+    temperatures=st.sampled_from([(1.0,), TEMPERATURES]),
+    seed=st.integers(0, 99),
+)
+def test_fewer_ids_are_stored_where_they_have_the_probability(
+    top_p: float, k: int, size: int, temperatures: tuple[float, ...], seed: int
+) -> None:
+    logits, codec = logits_of(5, size, seed, 3.0), TopKCodec(k, size, temperatures, top_p)
+    records = codec.encode(logits)
+    # The shortest run of the most probable ids that reaches top_p at every temperature.
+    order = logits.sort(-1, descending=True).indices
+    reached = [
+        torch.softmax(logits / tau, -1).gather(-1, order).cumsum(-1) >= top_p + 1e-6
+        for tau in temperatures
+    ]
+    counts = torch.stack(reached).all(0).double().argmax(-1) + 1
+    counts[~torch.stack(reached).all(0).any(-1)] = k
+    for temperature in temperatures:
+        ids, log_p = codec.decode(records, temperature)
+        for row, count in enumerate(counts.clamp(max=k).tolist()):
+            used = log_p[row, :-1] > MASKED
+            assert abs(int(used.sum()) - count) <= (top_p == 1.0) * k
+            stored = ids[row][used]
+            assert set(stored.tolist()) == set(order[row, : len(stored)].tolist())
+            exact = torch.softmax(logits[row] / temperature, -1)
+            assert torch.allclose(log_p[row, :-1][used].exp().double(), exact[stored], atol=1e-3)
+            rest = 1 - float(exact[stored].sum())
+            assert float(log_p[row, -1].exp()) == pytest.approx(rest, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_unused_slots_have_no_part_in_value_and_gradient(name: str) -> None:
+    """Against a codec whose k is the number of ids that each token stores."""
+    teacher, student = (logits_of(6, 40, seed, 2.0).float() for seed in (1, 2))
+    codec, options = TopKCodec(20, 40, (1.0,), 0.7), divergence_options(name, {})
+    records = codec.encode(teacher)
+    counts = (codec.decode(records, 1.0)[1][:, :-1] > MASKED).sum(-1).tolist()
+    assert len(set(counts)) > 2 and max(counts) < 20
+
+    def divergence(own: TopKCodec, own_records: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(rows, -1)
+        value, gradient = own.divergence(
+            own_records, log_q, name, options, 1.0, lambda: torch.empty_like(rows), True
+        )
+        assert gradient is not None
+        return value, gradient
+
+    value, gradient = divergence(codec, records, student)
+    error = codec.error_sums(teacher, records)
+    expected_error = torch.zeros_like(error)
+    for row, count in enumerate(counts):
+        own, one = TopKCodec(count, 40, (1.0,)), slice(row, row + 1)
+        own_records = own.encode(teacher[one])
+        own_value, own_gradient = divergence(own, own_records, student[one])
+        torch.testing.assert_close(value[one], own_value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient[one], own_gradient, rtol=1e-5, atol=1e-6)
+        expected_error += own.error_sums(teacher[one], own_records)
+    torch.testing.assert_close(error, expected_error, rtol=1e-4, atol=1e-5)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from pocl_ds.bench.estimate import CPU_ATTENTION
 from pocl_ds.config import LoraConfig
 from pocl_ds.models.cost import activation_bytes, model_shape
+from pocl_ds.models.dropout import set_dropout
 from pocl_ds.models.heads import hidden_states, output_head
-from pocl_ds.models.load import set_dropout
 from pocl_ds.models.lora import add_adapters, count_trainable_parameters
 
 LENGTHS = (31, 17, 48)

@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlavaConfig
 
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
+from pocl_ds.models.dropout import check_layer_dropping
 from pocl_ds.models.gguf import find_package_file, models_folder
 from pocl_ds.models.load import (
-    check_layer_dropping,
     embedding_rows,
     load_model,
     load_model_config,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from manifests import edit_manifest
 from synthetic_run import STEPS
 
 from pocl_ds.config import ReportConfig
@@ -114,6 +115,7 @@ def test_both_pages_show_the_results(synthetic: Any) -> None:
         "Learning rate",
         "Throughput",
         "MFU",
+        "Load imbalance",
         "Time of a step",
         "Sample visits",
     ]
@@ -134,7 +136,8 @@ def test_both_pages_show_the_results(synthetic: Any) -> None:
     sentence = (
         "180 optimizer steps on 2 ranks. Micro-batches were packed without padding, which would be "
         "31% of their tokens. A rank processed 205 tokens per second at 41% MFU; of a step: "
-        "data 2%, teacher 30%, student 50%, optimizer 10%, wait 8%."
+        "data 2%, teacher 30%, student 50%, optimizer 10%, wait 8%. The load imbalance of the "
+        "ranks was 1.08."
     )
     assert sentence in page.text and sentence in markdown
     assert (
@@ -215,14 +218,12 @@ def test_a_teacher_that_training_uses_differently_is_a_footnote(synthetic: Any) 
 
 def test_the_provenance_of_results_is_shown(synthetic: Any) -> None:
     synthetic.everything()
-    manifest = synthetic.run.train / "manifest.json"
-    tree = json.loads(manifest.read_text())
-    tree["info"]["resumed_at"] = 1234
-    manifest.write_text(json.dumps(tree))
+    edit_manifest(synthetic.run.train / "manifest.json", info={"resumed_at": 1234})
+    manifest = read_manifest(synthetic.run.train)
     text = Page(make_report(synthetic)[1]).text
     assert "Fingerprints of the steps" in text and all(16 * letter in text for letter in "drpte")
     assert "started after optimizer step 1,234" in text
-    assert all(version in text for version in tree["versions"].values())
+    assert all(version in text for version in manifest.versions.values())  # type: ignore[union-attr]
     assert "process hours" in text and "name: synthetic" in text
 
 
@@ -476,10 +477,10 @@ def test_the_report_is_reused_until_the_run_changes(synthetic: Any) -> None:
     )
     path.write_text("cut")
     assert "17.80" in make_report(synthetic, fingerprint="g")[1]
-    manifest = synthetic.run.evaluation / "manifest.json"
-    tree = json.loads(manifest.read_text())
-    next(iter(tree["files"].values()))["sha256"] = "of another training with the same recipe"
-    manifest.write_text(json.dumps(tree))
+    manifest = read_manifest(synthetic.run.evaluation)
+    assert manifest is not None
+    next(iter(manifest.files.values()))["sha256"] = "of another training with the same recipe"
+    edit_manifest(synthetic.run.evaluation / "manifest.json", files=manifest.files)
     changed = path.stat().st_mtime_ns
     make_report(synthetic, fingerprint="g")
     assert path.stat().st_mtime_ns != changed
@@ -542,10 +543,7 @@ def test_lost_answers_are_one_sentence(synthetic: Any) -> None:
 def test_a_random_order_has_no_difficulty(synthetic: Any) -> None:
     synthetic.plan()
     synthetic.ranking()
-    path = synthetic.run.ranking / "manifest.json"
-    path.write_text(
-        path.read_text().replace('"samples": 400', '"samples": 400, "strategy": "random"')
-    )
+    edit_manifest(synthetic.run.ranking / "manifest.json", info={"strategy": "random"})
     text = Page(make_report(synthetic)[1]).text
     assert "The order is random" in text and "hardest" not in text
 
@@ -553,8 +551,7 @@ def test_a_random_order_has_no_difficulty(synthetic: Any) -> None:
 def test_a_reversed_ranking_swaps_the_labels(synthetic: Any, tmp_path: Path) -> None:
     synthetic.plan()
     synthetic.ranking()
-    path = synthetic.run.ranking / "manifest.json"
-    path.write_text(path.read_text().replace('"samples": 400', '"samples": 400, "reverse": true'))
+    edit_manifest(synthetic.run.ranking / "manifest.json", info={"reverse": True})
     assert Page(make_report(synthetic)[1]).data["charts"][0]["names"][0] == "subset 1 (hardest)"
 
 

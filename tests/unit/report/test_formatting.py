@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from pocl_ds.report.formatting import about_rows, source_rows
+import pytest
+
+from pocl_ds.report.formatting import about_rows, source_rows, training_sentence
 from pocl_ds.report.run_summary import RunSummary
 
 
@@ -39,3 +41,18 @@ def test_the_sources_of_a_mixture_are_named() -> None:
     sources = [{"source": "math.jsonl", "name": "math", "weight": 0.25}, {"source": "org/chat"}]
     rows = about_rows(RunSummary(manifests={}), {"data": {"source": None, "sources": sources}})
     assert rows == [("data", "math × 0.25, org/chat")]
+
+
+@pytest.mark.parametrize(
+    ("teacher_ranks", "expected"),
+    [
+        ({}, "on 2 ranks. Micro-batches"),
+        ({"teacher_ranks": 0}, "on 2 ranks. Micro-batches"),
+        ({"teacher_ranks": 1}, "on 2 ranks, and the teacher on 1 rank of its own. Micro-batches"),
+        ({"teacher_ranks": 4}, "on 2 ranks, and the teacher on 4 ranks of its own. Micro"),
+    ],
+)
+def test_the_teachers_own_ranks_are_named(teacher_ranks: dict[str, int], expected: str) -> None:
+    info = {"steps": 9, "ranks": 2, "packed": True, "padding_share": 0.1, **teacher_ranks}
+    summary = cast(Any, SimpleNamespace(train_info=info, curves=None))
+    assert expected in training_sentence(summary)

@@ -73,6 +73,68 @@ def test_a_recipe_that_contains_a_secret(changes: dict[str, Any], field: str) ->
     assert PLANTED not in str(caught.value)
 
 
+# Made up, in the formats of their issuers.
+TOKENS = (
+    f"github_pat_11ABCDEFG0{PLANTED}_{PLANTED}",
+    f"ghp_{PLANTED}0123456789abcdef",
+    f"glpat-{PLANTED}12",
+    f"xoxb-123456789012-{PLANTED}",
+    f"AIza{'SyA1' * 8}abc",
+    f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.{PLANTED}",
+    f"nvapi-{PLANTED}0123",
+    f"-----BEGIN OPENSSH PRIVATE KEY-----\n{PLANTED}\n-----END OPENSSH PRIVATE KEY-----",
+    f"Authorization: Bearer {PLANTED}0123",
+    f"sk-ant-api03-{PLANTED}",
+    "ASIAIOSFODNN7EXAMPLE",
+    f"gsk_{PLANTED}{PLANTED}",
+    f"https://example.org/v1?api_key={PLANTED}&x=1",
+    f"pypi-{PLANTED}{PLANTED}",
+    f"sk_live_{PLANTED}",
+    f"MTk4NjIyNDgzNDcxOTI1MjQ4.Cl2FMQ.{PLANTED}012345",
+    f"110201543:AA{PLANTED}0123456789AB",
+    f"SK{'0123456789abcdef' * 2}",
+    f"{'0123456789abcdef' * 2}-us12",
+    f"sq0csp-{PLANTED}0",
+    f"AKCp{PLANTED}{PLANTED}{PLANTED}",
+    "my-database-password-9",
+)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_tokens_of_common_services_are_refused_and_hidden(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 of 21 were accepted into a recipe."""
+    monkeypatch.setenv("DB_PASS", "my-database-password-9")
+    with pytest.raises(RecipeError, match="field hardware contains a password") as caught:
+        check_recipe(tree(hardware=f"use {token} here"))
+    assert PLANTED not in str(caught.value)
+    assert PLANTED not in redact(f"use {token} here") and token not in redact(token)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "basic understanding-of-programming",
+        "the bearer of good news",
+        "org/model-sk-large-instruct-v2",
+        "-----BEGIN CERTIFICATE-----",
+        "https://example.org/data?split=train&key_frames",
+        "a risk-averse-student-of-many-things",
+        "eyJ is how a token begins",
+        "at 12:30:AA, in MNO.Cl2FMQ.mp4, sq0-1 and 0123456789abcdef-us1",
+    ],
+)
+def test_words_that_resemble_tokens_are_accepted(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_a_refused_address_does_not_show_its_key(capsys: pytest.CaptureFixture[str]) -> None:
+    override = f"evaluate.judge.base_url=http://example.org/v1?api_key={PLANTED}"
+    assert main(["show", "quickstart", "evaluate.judge.model=m", override]) == 2
+    assert PLANTED not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

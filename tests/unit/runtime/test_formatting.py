@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from pocl_ds.runtime.formatting import align_columns, format_duration
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl_ds.runtime.formatting import align_columns, code_block, format_duration, inline_code
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,15 @@ def test_columns_are_aligned() -> None:
         "all      10.5",
     ]
     assert align_columns([["a", "bb"], ["a", "b"]], numbers=True) == ["a  bb", "a   b"]
+
+
+@given(st.text(alphabet="`a \n", max_size=12))
+def test_no_text_ends_its_code(text: str) -> None:
+    lines = code_block(text, "yaml").split("\n")
+    assert lines[-1] == lines[0].removesuffix("yaml") and lines[-1] not in lines[1:-1]
+    assert "\n".join(lines[1:-1]) == text.rstrip()
+    span = inline_code(text)
+    fence = re.match("`+", span)[0]  # type: ignore[index]
+    inner = span[len(fence) : -len(fence)]
+    assert "\n" not in span and span.endswith(fence)
+    assert fence not in re.findall("`+", inner) and inner.strip() == " ".join(text.split())

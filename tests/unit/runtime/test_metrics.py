@@ -38,6 +38,69 @@ def test_records_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         json.loads(line)
 
 
+OPTIONS = {"tensorboard": False, "wandb": False, "wandb_project": "", "name": "x"}
+
+
+def write_steps(folder: Path, count: int) -> list[bytes]:
+    """Write the records of so many steps; returns their lines."""
+    writer = MetricsWriter(folder, step=0, **OPTIONS)  # type: ignore[arg-type]
+    for step in range(1, count + 1):
+        writer.write({"kind": "step", "step": step, "loss": 1.0 / step})
+    writer.close()
+    return (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "line", [b"{\n", b"\xff\xfe\n", b"[1]\n", b'{"kind": "step"}\n', b"\0" * 9]
+)
+def test_a_damaged_line_costs_no_other_record(
+    line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything behind it was dropped, or it was a traceback at every start."""
+    lines = write_steps(tmp_path, 5)
+    newline = b"" if line.endswith(b"\n") else b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines[:2], line, newline, *lines[3:]]))
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 4, 5]
+    MetricsWriter(tmp_path, step=4, **OPTIONS).close()  # type: ignore[arg-type]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join([*lines[:2], lines[3]])
+    assert "metrics.jsonl: line 3 cannot be read and is dropped" in caplog.text
+    assert "lacks the records of 1 of 4 optimizer steps (3): the weights are" in caplog.text
+
+
+@pytest.mark.parametrize("tail", [b'{"kind": "st', b"\xff\xfe", b""])
+def test_lost_records_are_named(
+    tail: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that lost power may have lost the end of the file."""
+    lines = write_steps(tmp_path, 9)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([lines[0], *lines[2:5]]) + tail)
+    MetricsWriter(tmp_path, step=8, **OPTIONS).close()  # type: ignore[arg-type]
+    assert "lacks the records of 4 of 8 optimizer steps (2, 6 to 8)" in caplog.text
+    assert "cannot be read" not in caplog.text
+
+
+def test_a_complete_file_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = write_steps(tmp_path, 3)
+    skipped = b'{"kind": "skipped", "step": 4}\n'
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write(skipped + b'{"kind": "validation", "step": 4')  # a kill cut this line short
+    MetricsWriter(tmp_path, step=4, **OPTIONS).close()  # type: ignore[arg-type]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join([*lines, skipped])
+    assert caplog.text == ""
+
+
+def test_records_are_on_the_disk_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    writer = MetricsWriter(tmp_path, step=0, **OPTIONS)  # type: ignore[arg-type]
+    writer.write({"kind": "step", "step": 1})
+    writer.sync()
+    writer.close()
+    assert synced[-1] == (tmp_path / "metrics.jsonl").stat().st_size > 0
+
+
 def test_a_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricsWriter(

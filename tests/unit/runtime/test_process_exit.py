@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pocl_ds.runtime.process_exit import JOB_RANK, read_exit_records, record_exit
+
 PROGRAM = """
 import atexit, os, sys, time
 from pocl_ds.runtime.process_exit import exit_process, install_signal_handlers, record_exit
@@ -68,6 +70,12 @@ ENDINGS = {
     "a signal": (
         "from pocl_ds.runtime import process_exit; process_exit.install_signal_handlers()\n"
         "os.kill(os.getpid(), 15); time.sleep(9)",
+        75,
+    ),
+    "a closed terminal": (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may ignore it\n"
+        "from pocl_ds.runtime import process_exit; process_exit.install_signal_handlers()\n"
+        "os.kill(os.getpid(), 1); time.sleep(9)",
         75,
     ),
     "a hang": (
@@ -175,3 +183,28 @@ sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
 def test_exit_process_exits_with_its_code(environment: dict[str, str]) -> None:
     out, _ = (child := start(**environment)).communicate(timeout=20)
     assert child.returncode == 7 and out == "ready\ncleaned up\n"
+
+
+def test_exit_process_takes_no_modules_apart() -> None:
+    """It costs a forked process seconds, which would first copy them."""
+    program = (
+        "from pocl_ds.runtime.process_exit import exit_process\n"
+        "class Global:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "value = Global()\n"
+        "print('flushed')\n"
+        "exit_process(3)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (3, "flushed\n")
+
+
+def test_the_exit_record_has_the_rank_that_the_launcher_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank of the teacher has another number in its own world."""
+    monkeypatch.setenv("POCL_EXITS", str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(JOB_RANK, "2")
+    record_exit(2, "reason")
+    assert [record["rank"] for record in read_exit_records(tmp_path)] == ["rank-2"]

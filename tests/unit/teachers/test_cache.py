@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.teachers.cache import STEP, CacheShard, TeacherCache, write_rows
+from pocl_ds.teachers.cache import TeacherCache, write_rows
+from pocl_ds.teachers.cache_shard import STEP, CacheShard
 from pocl_ds.workflow.manifest import write_manifest
 
 FINGERPRINT = "f" * 64
@@ -101,6 +102,9 @@ def test_reads_return_what_was_written(
         5,
     )
     assert torch.equal(outputs, expected)
+    first = data.draw(st.integers(0, len(outputs)))
+    tokens = slice(first, data.draw(st.integers(first, len(outputs))))
+    assert torch.equal(cache.read("train", tuple(rows), tokens), outputs[tokens])
     assert cache.find_damage("train", np.array(rows, np.int64)) is None
     for row in sorted(set(range(len(sizes))) - set(cached.tolist())):
         message = cache.find_damage("train", np.array([*rows, row], np.int64))

@@ -39,7 +39,7 @@ COSTS = ModeCosts(
 def test_the_faster_mode_is_selected_with_a_reason(costs: ModeCosts, mode: str) -> None:
     selected, reason = select_mode(costs)
     assert selected == mode
-    assert "1.00 GB" in reason and (
+    assert "1.0 GB" in reason and (
         "do not fit" in reason or f"{costs.online_seconds:.0f} s" in reason
     )
 

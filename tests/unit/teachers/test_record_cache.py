@@ -131,5 +131,7 @@ def test_a_damaged_record_is_found(mode: str, tiny_llama: Path, tmp_path: Path) 
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
-    damage = cached(run)[0].find_damage("train", np.array(ROWS))
+    split = TokenizedSplit.open(run.data, "train")
+    cache = open_cache(run.teacher_cache, "f", "teacher", [split])
+    damage = cache.find_damage("train", np.array(ROWS))
     assert damage and f"{path} is damaged at row 6 of train" in damage

@@ -27,7 +27,7 @@ from pocl_ds.models.recipe_model import load_recipe_model
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers import mode_selection
-from pocl_ds.teachers.cache import CacheShard
+from pocl_ds.teachers.cache_shard import CacheShard
 from pocl_ds.teachers.state_sources import SourceFactory
 from pocl_ds.teachers.vllm_source import VllmSource, first_of_group
 from pocl_ds.workflow.manifest import read_manifest

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from manifests import edit_manifest
 
 from pocl_ds.config import CheckpointConfig
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.workflow.files import file_digest
-from pocl_ds.workflow.manifest import MANIFEST, read_manifest
+from pocl_ds.workflow.manifest import read_manifest
 
 
 class Engine:
@@ -194,10 +199,8 @@ def test_a_manifest_that_cannot_be_written_is_a_failed_save(
         raise ResourceError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "pocl_ds.training.checkpoint.write_json",
-            lambda path, value: full() if path.name == MANIFEST else None,
-        )
+        patched.setattr("pocl_ds.training.checkpoint.save_manifest", full)
+        patched.setattr("pocl_ds.training.checkpoint.write_json", lambda path, value: None)
         patched.setattr("pocl_ds.training.checkpoint.fsync_path", lambda path: None)
         patched.setattr("pocl_ds.training.checkpoint.file_digest", lambda path: {})
         save(store, engine, 2)
@@ -305,6 +308,49 @@ def test_a_damaged_checkpoint_does_not_replace_an_intact_one(
     assert resumed.steps() == [15] and not list((tmp_path / "checkpoints").glob("*.damaged"))
 
 
+def test_exchanged_folders_are_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Training continued from the wrong weights, as step 30 of those of step 20."""
+    store, engine = checkpoints(tmp_path, keep_last=3), Engine()
+    for step in (10, 20, 30):
+        save(store, engine, step)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000030").rename(folder / "other")
+    (folder / "step-00000020").rename(folder / "step-00000030")
+    (folder / "other").rename(folder / "step-00000020")
+    assert checkpoints(tmp_path).load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
+    assert "step-00000030 is damaged (it is the checkpoint of step 20)" in caplog.text
+    assert "step-00000020 is damaged (it is the checkpoint of step 30)" in caplog.text
+
+
+@given(st.data())
+def test_any_flipped_bit_of_a_manifest_leads_to_the_checkpoint_before(data: st.DataObject) -> None:
+    """Some were taken for another recipe, whose advice is another run directory."""
+    with tempfile.TemporaryDirectory() as name:
+        store, engine = checkpoints(Path(name), keep_last=2), Engine()
+        save(store, engine, 10)
+        save(store, engine, 20)
+        path = Path(name) / "checkpoints" / "step-00000020" / "manifest.json"
+        content = bytearray(path.read_bytes())
+        bit = data.draw(st.integers(0, 8 * len(content) - 1))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        step, _ = checkpoints(Path(name)).load(engine)  # type: ignore[arg-type]
+        assert step == engine.loaded and step in (10, 20)  # white space may change
+
+
+def test_folders_with_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    """A copy by hand was a traceback at the next start, and any `*.partial` was removed."""
+    store, engine = checkpoints(tmp_path, keep_last=1), Engine()
+    save(store, engine, 10)
+    folder, others = tmp_path / "checkpoints", ("notes.partial", "my.damaged")
+    names = ("step-00000010-backup", "step-10", "step-000000010", "step-00000010 (copy)", *others)
+    for name in names:
+        shutil.copytree(folder / "step-00000010", folder / name)
+    assert checkpoints(tmp_path).load(engine) == (10, {})  # type: ignore[arg-type]
+    save(store, engine, 20)
+    assert {path.name for path in folder.iterdir()} == {"step-00000020", *names}
+
+
 @pytest.mark.parametrize("text", ["", '{"stage": "checkpoint"'])
 def test_a_damaged_manifest_makes_a_damaged_checkpoint(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -324,8 +370,7 @@ def test_a_checkpoint_of_another_program_is_refused_and_not_changed(tmp_path: Pa
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 10)
     save(store, engine, 20)
-    newest = tmp_path / "checkpoints" / "step-00000020" / "manifest.json"
-    newest.write_text(newest.read_text().replace('"schema": 1', '"schema": 9'))
+    edit_manifest(tmp_path / "checkpoints" / "step-00000020" / "manifest.json", schema=9)
     with pytest.raises(ArtifactError, match="has schema 9"):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
     assert store.steps() == [10, 20]
@@ -419,7 +464,7 @@ def test_damaged_checkpoints_alone_are_refused_and_not_changed(tmp_path: Path) -
     (tmp_path / "checkpoints" / "step-00000001" / "weights").write_text("")
     before = sorted(p.name for p in (tmp_path / "checkpoints").rglob("*"))
     with pytest.raises(
-        ArtifactError, match="none of the checkpoints .* is intact: remove that directory"
+        ArtifactError, match=r"none of the checkpoints .* is intact \(.*\): restore one, or remove"
     ):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "checkpoints").rglob("*")) == before

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from pocl_ds.config import LoraConfig, ModelSource
 from pocl_ds.errors import ResourceError
+from pocl_ds.runtime.job_roles import JobRoles
 from pocl_ds.training import memory_check
 
 
@@ -83,6 +84,19 @@ def test_a_teacher_that_is_not_sharded_counts_on_every_rank(
         )
         == 2 * 20 + 2 * 20
     )
+
+
+def test_a_teacher_on_ranks_of_its_own_counts_on_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks of the student and three of the teacher, whose last one is on another node."""
+    student, teacher = tmp_path / "s", tmp_path / "t"
+    roles = JobRoles(cast(Any, None), 0, 2, 3, ranks_per_node=4)
+    monkeypatch.setattr(memory_check, "job_roles", lambda: roles)
+    sharded = required_gigabytes(student, teacher, monkeypatch)
+    assert sharded == pytest.approx(20 + 2 * 8 + 20 * 2 / 3, abs=0.1)
+    complete = required_gigabytes(student, teacher, monkeypatch, teacher_sharded=False)
+    assert complete == 20 + 2 * 8 + 2 * 20
 
 
 def test_only_adapters_have_gradients_and_moments(

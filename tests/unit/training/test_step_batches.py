@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pocl_ds.config import TrainConfig
 from pocl_ds.curriculum.plan import build_plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.batches import collate
+from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.rollouts.policies import BatchRequest, OffPolicy
@@ -22,6 +24,7 @@ from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout
 from pocl_ds.training.models import NoTeacher, TrainingModels
 from pocl_ds.training.prefetch import Prefetcher
+from pocl_ds.training.request_ahead import TeacherRequests
 from pocl_ds.training.responses import ResponseSource
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.step_batches import STEPS_AHEAD, StepBatches
@@ -98,6 +101,58 @@ def test_batches_equal_those_made_in_place(
     assert run(batches, first) == expected(batches, first)
     batches.close()
     assert threading.active_count() == threads
+
+
+class RequestLog:
+    """Takes the place of a teacher on ranks of its own."""
+
+    def __init__(self) -> None:
+        self.sent: list[Tensor] = []
+
+    def encode(self, batch: Batch) -> Tensor:
+        return batch.input_ids
+
+    def request(self, encoded: Tensor) -> int:
+        self.sent.append(encoded)
+        return len(self.sent) - 1
+
+
+def with_requests(batches: StepBatches) -> RequestLog:
+    """Let the outputs of batches be requested, one batch ahead."""
+    log: Any = RequestLog()
+    batches.data.teacher_requests = TeacherRequests(lambda batch: log, 1)
+    recorded: RequestLog = log
+    return recorded
+
+
+@pytest.mark.parametrize("policy", [OffPolicy, LatePolicy])
+def test_the_outputs_of_the_next_batch_are_requested_before_this_one_is_used(
+    policy: type[OffPolicy], tmp_path: Path
+) -> None:
+    """Also of the first one of the next step, if that is known."""
+    batches = make(tmp_path, policy())
+    log, used, per_step = with_requests(batches), 0, BATCH // 2
+    for step in range(STEPS):
+        position = batches.schedule.sampler.position(step)
+        known = STEPS * per_step if batches.works_ahead else (step + 1) * per_step
+        for batch in batches.micro_batches(batches.select(position)):
+            assert batch.teacher_request == used
+            assert torch.equal(log.sent[used], batch.input_ids)
+            used += 1
+            assert len(log.sent) == min(used + 1, known)
+        batches.plan_ahead(position)
+    batches.close()
+
+
+def test_validation_requests_ahead_and_scores_without_the_teacher_do_not(tmp_path: Path) -> None:
+    batches = make(tmp_path, OffPolicy())
+    log, data = with_requests(batches), batches.data
+    groups = [np.arange(n, n + 3) for n in range(0, 12, 3)]
+    made = data.batches(data.train, groups, [0] * 4)
+    numbers = [(batch.teacher_request, len(log.sent)) for batch in made]
+    assert numbers == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    made = data.batches(data.train, groups, [0] * 4, runs_teacher=False)
+    assert [batch.teacher_request for batch in made] == [None] * 4 and len(log.sent) == 4
 
 
 def test_a_policy_with_state_is_asked_when_its_step_begins(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pocl_ds.models.cost import ModelShape
 from pocl_ds.models.memory import TrainingSetup
 from pocl_ds.models.peak_flops import peak_flops
 from pocl_ds.training.profiling import StepProfiler
+from pocl_ds.training.sample_flops import SampleFlops
 from pocl_ds.training.step_exchange import StepExchange
 from pocl_ds.training.step_timer import StepTimer
 from pocl_ds.training.utilization import Utilization
@@ -171,15 +173,41 @@ def test_utilization_counts_forward_backward_and_the_teacher() -> None:
     """
     shape = ModelShape("llama", 1000, 10, 800, 200, 200, 2, 20, 10, 8, 8, False)
     setup = TrainingSetup(1, teacher_mode="online")
-    utilization = Utilization(shape, [shape, shape], setup, peak=1e6)
+    flops = SampleFlops(shape, [shape, shape], setup)
     lengths, loss_tokens = np.array([3, 5]), np.array([2, 4])
     attention = 2 * 8 * sum(2 * n * (n + 1) for n in (3, 5))
     forward = 2 * 800 * 8 + attention + 2 * 200 * 6
-    assert utilization.flops(lengths, loss_tokens) == (3 + 2) * forward
-    assert utilization.of_step(lengths, loss_tokens, 0.5) == 5 * forward / 0.5e6
+    assert flops.of(lengths, loss_tokens).sum() == (3 + 2) * forward
+    assert Utilization(flops, peak=1e6).of_step(lengths, loss_tokens, 0.5) == 5 * forward / 0.5e6
     # Where samples have different teachers, each is read by one.
     for teachers in ([0, 1], [1, 1]):
-        assert utilization.flops(lengths, loss_tokens, np.array(teachers)) == (3 + 1) * forward
+        assert flops.of(lengths, loss_tokens, np.array(teachers)).sum() == (3 + 1) * forward
+
+
+def test_cost_of_a_sample_is_its_arithmetic_relative_to_a_token() -> None:
+    """Written out: linear maps and head by tokens, attention by squared tokens, and the teacher
+    that reads the sample, a third of what the student takes.
+    """
+    shape = ModelShape("llama", 1000, 10, 800, 200, 200, 2, 20, 10, 8, 8, False)
+    large = replace(shape, matrix_parameters=8000)
+    lengths, loss_tokens = np.array([100, 100, 50]), np.array([10, 90, 10])
+
+    def forward(matrix: int, length: int, loss: int) -> int:
+        return 2 * matrix * length + 2 * 2 * length * (length + 1) * 8 + 2 * 200 * loss
+
+    token = 3 * forward(800, 1, 0)
+    expected = [
+        (3 * forward(800, length, loss) + forward(matrix, length, loss)) / token * 1024
+        for length, loss, matrix in ((100, 10, 800), (100, 90, 8000), (50, 10, 800))
+    ]
+    flops = SampleFlops(shape, [shape, large], TrainingSetup(1, teacher_mode="online"))
+    costs = flops.costs(lengths, loss_tokens, np.array([0, 1, 0]))
+    assert costs.dtype == np.int64 and costs.tolist() == [round(cost) for cost in expected]
+    # Without a teacher's arithmetic the student's alone counts.
+    alone = SampleFlops(shape, [], TrainingSetup(1, teacher_mode="none")).costs(
+        lengths, loss_tokens
+    )
+    assert alone[0] == round(3 * forward(800, 100, 10) / token * 1024)
 
 
 @pytest.mark.parametrize(

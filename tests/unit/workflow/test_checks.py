@@ -1,4 +1,4 @@
-"""Recipes that the data are too small for."""
+"""Recipes that the data, or the ranks that were started, are too few for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.workflow.checks import check_most_samples, check_sample_counts
+from pocl_ds.workflow.checks import check_most_samples, check_sample_counts, check_world_size
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -162,3 +162,47 @@ def test_samples_that_are_not_counted_yet_are_not_refused() -> None:
         "train": {"batch_size": 8, "warmup_steps": 10_000},
     }
     check_most_samples(Recipe.model_validate(tree))
+
+
+@pytest.mark.parametrize(
+    ("started", "teacher", "message"),
+    [
+        ("2", {}, None),
+        (
+            "3",
+            {},
+            "3 ranks were started, and the recipe has launch.ranks=2: start 2, or add "
+            "launch.ranks=3",
+        ),
+        ("5", {"placement": "own_ranks", "ranks": 3}, None),
+        (
+            "4",
+            {"placement": "own_ranks", "ranks": 3},
+            "4 ranks were started, and the recipe has launch.ranks=2 and teacher.ranks=3: start 5, "
+            "or add launch.ranks=1",
+        ),
+        (
+            "3",
+            {"placement": "own_ranks", "ranks": 3},
+            "3 ranks were started, and the recipe has launch.ranks=2 and teacher.ranks=3: start 5",
+        ),
+    ],
+)
+def test_as_many_ranks_as_the_recipe_has_must_be_started(
+    started: str, teacher: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {
+        "name": "r",
+        "teacher": {"model": "t", **teacher},
+        "student": {"model": "s"},
+        "data": {"source": "d.jsonl"},
+        "launch": {"ranks": 2},
+    }
+    recipe = Recipe.model_validate(tree)
+    monkeypatch.setenv("WORLD_SIZE", started)
+    if message is None:
+        check_world_size(recipe)
+        return
+    with pytest.raises(RecipeError) as exc_info:
+        check_world_size(recipe)
+    assert str(exc_info.value) == message

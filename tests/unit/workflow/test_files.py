@@ -15,18 +15,20 @@ from command_line import ROOT
 
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.workflow.files import (
+    MARK,
     atomic_directory,
     atomic_write,
     describe_file_error,
     explain_disk_errors,
     read_json,
+    remove_leftovers,
     remove_partial_directories,
     write_json,
 )
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != MARK)
 
 
 def full_disk(*_: object) -> None:
@@ -89,7 +91,7 @@ def test_data_is_on_disk_before_it_gets_its_name(
     assert happened == ["text", "file", tmp_path]
     with atomic_directory(tmp_path / "far" / "below" / "folder"):
         happened.clear()
-    assert happened == ["folder", tmp_path / "far" / "below"]
+    assert happened == ["", "folder", tmp_path / "far" / "below"]  # its mark is an empty file
     assert len(os.listdir("/proc/self/fd")) == opened
 
 
@@ -231,6 +233,26 @@ def test_partial_directories_of_killed_processes_are_removed(tmp_path: Path) -> 
     assert names(tmp_path) == [".final.notours", ".other.0123456789abcdef", "final"]
 
 
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Each may be a whole model."""
+    hexadecimal = "0123456789abcdef"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f".final.{hexadecimal}" / "below").mkdir(parents=True)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / f".shard.jsonl.{hexadecimal}").touch()
+    (tmp_path / "elsewhere" / f".x.{hexadecimal}").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / f".y.{hexadecimal}").symlink_to(tmp_path / "elsewhere")
+    for name in (".final.0123", f"final.{hexadecimal}", f".final.{hexadecimal}0", ".lock"):
+        (tmp_path / "run" / name).touch()
+    assert remove_leftovers(tmp_path / "run") == 1
+    assert names(tmp_path / "elsewhere") == [f".x.{hexadecimal}"]
+    assert remove_leftovers(tmp_path) == 3
+    assert names(tmp_path / "train") == names(tmp_path / "scores") == []
+    assert len(names(tmp_path / "run")) == 5
+
+
 def test_an_unexplained_file_error_becomes_a_sentence() -> None:
     """An error that names no file, or that no disk causes, may be a bug: it gets no sentence."""
     for number in (errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EIO, errno.ESTALE):
@@ -335,7 +357,10 @@ def test_files_are_on_disk_before_their_directory_gets_its_name(
         (folder / "below").mkdir()
         (folder / "below" / "one").write_text("1")
         (folder / "two").write_text("2")
-    assert set(written[: written.index("named")]) == {"one", "two"} and written[-1] == tmp_path.name
+    assert (
+        set(written[: written.index("named")]) == {MARK, "one", "two"}
+        and written[-1] == tmp_path.name
+    )
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -345,9 +370,44 @@ def test_a_folder_that_links_to_another_disk_stays_a_link(exists: bool, tmp_path
     link.parent.mkdir()
     if exists:
         real.mkdir()
-        (real / "old").write_text("x")
     link.symlink_to(real)
     with atomic_directory(link) as folder:
-        (folder / "new").write_text("y")
+        (folder / "new").touch()
     assert link.is_symlink() and names(real) == names(link) == ["new"]
-    assert names(real.parent) == names(link.parent) == ["data"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_nothing_is_removed_through_a_link(own: bool, tmp_path: Path) -> None:
+    """A link at train/final had the files of somebody else deleted."""
+    real, link = tmp_path / "theirs", tmp_path / "final"
+    if own:
+        with atomic_directory(real) as folder:
+            (folder / "weights").touch()
+    else:
+        real.mkdir()
+        (real / "weights").touch()
+    link.symlink_to(real)
+    with (
+        pytest.raises(
+            ArtifactError, match=f"final is a link to {real}, which holds files: nothing"
+        ),
+        atomic_directory(link),
+    ):
+        raise AssertionError("refused before anything is written")
+    assert names(real) == ["weights"] and names(tmp_path) == ["final", "theirs"]
+
+
+def test_a_folder_of_another_program_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "final"
+    target.mkdir()
+    (target / "thesis.tex").touch()
+    with (
+        pytest.raises(ArtifactError, match="final holds files and is no folder that pocl_ds has"),
+        atomic_directory(target),
+    ):
+        raise AssertionError("refused before anything is written")
+    (target / "thesis.tex").unlink()
+    with pytest.raises(ArtifactError, match="holds files"), atomic_directory(target) as folder:
+        (folder / "weights").touch()
+        (target / "late").touch()  # it came while the result was computed
+    assert names(target) == ["late"] and names(tmp_path) == ["final"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.errors import ArtifactError
+from pocl_ds.workflow import manifest
+from pocl_ds.workflow.files import file_digest
 from pocl_ds.workflow.manifest import (
     SCHEMA,
     Manifest,
+    changed_files,
     damaged_files,
     fingerprint,
     finished_manifest,
@@ -38,6 +44,65 @@ def test_a_result_with_missing_files_is_not_finished(tmp_path: Path) -> None:
     assert finished_manifest(tmp_path, "f") is not None and finished_manifest(tmp_path, "g") is None
     (tmp_path / "plan.json").unlink()
     assert finished_manifest(tmp_path, "f") is None
+
+
+def test_a_flipped_bit_makes_a_result_unfinished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was used as if nothing had happened, since only the sizes were compared."""
+    write_result(tmp_path)
+    write_manifest(tmp_path, "preprocess", "f")
+    assert finished_manifest(tmp_path, "f") is not None
+    flip_bit(tmp_path / "sub" / "b.bin", 1000)
+    assert finished_manifest(tmp_path, "f", checksums=False) is not None
+    assert finished_manifest(tmp_path, "f") is None
+    assert "sub/b.bin has another checksum) and does not count" in caplog.text
+    flip_bit(tmp_path / "sub" / "b.bin", 1000)
+    assert finished_manifest(tmp_path, "f") is not None
+
+
+def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def digest(path: Path) -> dict[str, Any]:
+        read.append(path.name)
+        return file_digest(path)
+
+    write_result(tmp_path)
+    written = write_manifest(tmp_path, "preprocess", "f")
+    monkeypatch.setattr(manifest, "file_digest", digest)
+    for _ in range(2):
+        assert changed_files(tmp_path, written) == []
+    assert sorted(read) == ["a.txt", "b.bin"]
+    (tmp_path / "a.txt").touch()
+    assert changed_files(tmp_path, written) == [] and read[2:] == ["a.txt"]
+    (tmp_path / "copy").write_bytes((tmp_path / "a.txt").read_bytes())
+    os.utime(tmp_path / "copy", ns=(0, (tmp_path / "a.txt").stat().st_mtime_ns))
+    os.replace(tmp_path / "copy", tmp_path / "a.txt")
+    assert changed_files(tmp_path, written) == [] and read[3:] == ["a.txt"]
+    # The record is no part of the result.
+    assert write_manifest(tmp_path, "preprocess", "f").files == written.files
+    (tmp_path / ".manifest.json.verified").write_text('{"a.txt": 1}')
+    assert changed_files(tmp_path, written) == []
+
+
+@given(st.data())
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(data: st.DataObject) -> None:
+    """Its fingerprint would name another recipe, its checksums other files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "a.txt").write_text("alpha")
+        written = write_manifest(folder, "plan", "f" * 64, info={"loss": 0.1, "samples": 3})
+        path = folder / "manifest.json"
+        flip_bit(path, data.draw(st.integers(0, 8 * path.stat().st_size - 1)))
+        with contextlib.suppress(ArtifactError):
+            assert read_manifest(folder) == written
+
+
+def flip_bit(path: Path, number: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[number // 8] ^= 1 << number % 8
+    path.write_bytes(content)
 
 
 def write_result(folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.fork_server import ForkServer
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import record_recipe
@@ -41,9 +42,7 @@ def recipe(processes: int, tensor_parallel: int = 1, backend: str = "vllm") -> R
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     recorded: Calls = []
 
-    def record_call(
-        commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None
-    ) -> int:
+    def record_call(commands: list[list[str]], environments: list[dict[str, str]]) -> int:
         recorded.append((commands, environments))
         return 0
 
@@ -52,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def run_engines(recipe: Recipe) -> Any:
-    return pipeline._run_engines(["pocl", "evaluate", "--model", "student"], recipe, 3)
+    return pipeline._run_engines(["pocl", "evaluate", "--model", "student"], recipe)
 
 
 def test_each_engine_gets_its_own_gpus(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +98,19 @@ def test_engines_of_vllm_alone_have_their_own_processes(
     run, started = RunDirectory(tmp_path / "run"), list[list[str]]()
     run.data.mkdir(parents=True)
     (run.data / "test.jsonl").write_text("{}\n")
-    monkeypatch.setattr(
-        pipeline, "run_process", lambda command, lock=None: started.append(command) or 0
-    )
-    assert pipeline.run_step("evaluate", run, recipe(1, backend=backend)) == 0
+    imported: set[str] = set()
+
+    def record_run(module: str, words: list[str], imports: tuple[str, ...]) -> int:
+        started.append(words)
+        imported.update(imports)
+        return 0
+
+    with ForkServer() as server:
+        monkeypatch.setattr(server, "run", record_run)
+        assert pipeline.run_step("evaluate", run, recipe(1, backend=backend), server) == 0
     arguments = ["evaluate", "--run-dir", str(run.path)]
-    assert [command[command.index("evaluate") :] for command in started] == [
-        [*arguments, *words] for words in models
-    ]
+    assert started == [[*arguments, *words] for words in models]
+    assert imported == {"vllm" if backend == "vllm" else "models"}
 
 
 @pytest.fixture

@@ -12,8 +12,13 @@ import pytest
 
 from pocl_ds.config import Recipe
 from pocl_ds.errors import ArtifactError, ResourceError
+from pocl_ds.workflow import run_setup
 from pocl_ds.workflow.run_dir import RunDirectory
-from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
+from pocl_ds.workflow.run_setup import (
+    lock_run_directory,
+    record_recipe,
+    share_run_directory,
+)
 
 
 def test_a_blocking_error_inside_the_lock_passes_through(tmp_path: Path) -> None:
@@ -23,6 +28,29 @@ def test_a_blocking_error_inside_the_lock_passes_through(tmp_path: Path) -> None
         lock_run_directory(RunDirectory(tmp_path)),
     ):
         raise BlockingIOError("a full pipe")
+
+
+def test_only_a_process_that_holds_the_run_alone_removes_leftovers(tmp_path: Path) -> None:
+    """Another shard may be writing such a file at that moment."""
+    run = RunDirectory(tmp_path / "run")
+    leftover = run.path / "scores" / ".shard-00000-of-00002.jsonl.0123456789abcdef"
+    leftover.parent.mkdir(parents=True)
+    run.recipe.touch()
+    leftover.touch()
+    with share_run_directory(run), share_run_directory(run):
+        with pytest.raises(ArtifactError, match="is in use by process"), lock_run_directory(run):
+            pass
+        assert leftover.exists()
+    with lock_run_directory(run):
+        assert not leftover.exists()
+
+
+def test_a_part_may_run_next_to_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example a report during the training."""
+    monkeypatch.setattr(run_setup, "LOCK_WAIT_SECONDS", 0.1)
+    run = RunDirectory(tmp_path)
+    with lock_run_directory(run), share_run_directory(run):
+        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -11,9 +11,9 @@ import pytest
 from pocl_ds.config import BenchmarkConfig, EvaluateConfig
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
+from pocl_ds.workflow.evaluate_step import _requested_part
 from pocl_ds.workflow.pipeline import run_in_process
 from pocl_ds.workflow.run_dir import STEP_FOLDERS, RunDirectory
-from pocl_ds.workflow.step_functions import _requested_part
 from pocl_ds.workflow.steps import STEP_NAMES, STEPS, StepRequest
 
 
