@@ -141,5 +141,11 @@ def test_slow_reads_overlap_with_the_step(
     # The first steps find nothing that was read before.
     steps = records(run)[2:]
     assert len(count) >= 4 * len(steps)
-    share = sum(step["data_seconds"] for step in steps) / len(steps) / (4 * read_seconds)
-    assert share < 0.5 if forward_seconds else share > 0.7, share
+    reading = 4 * read_seconds * len(steps)
+    waited = sum(step["data_seconds"] for step in steps)
+    if forward_seconds:
+        assert waited < 0.5 * reading
+    else:
+        # What the rest of the step covers depends on how busy the machine is.
+        covered = sum(step["seconds"] for step in steps) - waited
+        assert waited > 0.7 * (reading - covered)

@@ -124,7 +124,7 @@ def opened(browser: Any, report: Path) -> Iterator[OpenPage]:
 
 def test_every_chart_is_drawn(opened: OpenPage) -> None:
     charts = opened.page.evaluate(DRAWN)
-    assert len(charts) == 12
+    assert len(charts) == 13
     for painted, colors in charts:
         assert painted > 0.01 and colors > 3
 

@@ -22,7 +22,7 @@ FOLDERS = ("pocl_ds", "launch", "ds_configs", "slurm")
 # Scripts that make sense only in a checkout.
 NOT_IN_THE_WHEEL = {
     f"launch/{name}.sh" for name in ("quickstart", "test", "setup", "gpu", "study", "study_gpu")
-}
+} | {"slurm/Dockerfile"}
 
 
 def run_command(*words: str | Path, **options: object) -> str:
