@@ -11,7 +11,8 @@ from pocl_ds.cluster.profile import ContainerConfig, Profile
 from pocl_ds.config import Recipe
 from pocl_ds.data.source_files import local_files
 from pocl_ds.errors import RecipeError
-from pocl_ds.models.gguf import models_folder
+from pocl_ds.models.converted_models import models_folder
+from pocl_ds.models.model_paths import is_adapter
 
 
 def check_container(
@@ -60,8 +61,8 @@ def _needed_paths(
     on_hub = False
     for source in recipe.local_models:
         path = Path(os.path.expanduser(source.model))
-        if path.suffix == ".gguf" or "://" in source.model:
-            yield f"the cache of dequantized models of {source.label}", models_folder()
+        if path.suffix == ".gguf" or "://" in source.model or is_adapter(path):
+            yield f"the cache of converted models of {source.label}", models_folder()
         elif path.exists():
             yield f"the model {source.label}", path
         else:

@@ -29,8 +29,9 @@ class ModelSource(Section):
     """Where a model comes from."""
 
     model: str = Field(
-        description="Name on the Hugging Face Hub, model folder, .gguf file, or "
-        "`package://PACKAGE/FILE.gguf` for a file inside an installed Python package."
+        description="Name on the Hugging Face Hub, model folder, .gguf file, folder with a LoRA "
+        "adapter alone (it is merged once with its base model), or `package://PACKAGE/NAME` for "
+        "one of these inside an installed Python package."
     )
     revision: str | None = Field(
         None, description="Revision on the Hub: a branch, tag or commit; `null` for the default."
@@ -246,7 +247,9 @@ class PruneConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters: only they are trained, and the final student has them merged."""
+    """Low-rank adapters: only they are trained. The final student has them merged, and
+    `train/adapter` has them alone, as a folder of peft.
+    """
 
     r: Positive = Field(16, description="Rank of each adapter's two matrices.")
     alpha: Positive = Field(32, description="The output of an adapter is scaled by `alpha / r`.")

@@ -1,4 +1,4 @@
-"""GGUF files, also those of installed packages, dequantized once into a Hugging Face folder.
+"""GGUF files, dequantized once into a Hugging Face folder.
 
 The folder's name holds the sha256 of the file, so a moved file is not converted twice, and a
 changed file is converted again.
@@ -6,58 +6,15 @@ changed file is converted again.
 
 from __future__ import annotations
 
-import fcntl
-import importlib.util
-import logging
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pocl_ds.errors import ModelError, ResourceError
+from pocl_ds.models.converted_models import convert_once
 from pocl_ds.models.quiet import quiet
-from pocl_ds.resources import cache_folder
-from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, file_digest
-from pocl_ds.workflow.locks import hold_lock
-
-log = logging.getLogger("pocl_ds")
-
-PACKAGE_SCHEME = "package://"
-
-
-def find_package_file(source: str) -> Path:
-    """The file that `package://PACKAGE/FILE` names, without importing the package.
-
-    Raises ModelError if package or file do not exist.
-    """
-    package, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
-    if not package.isidentifier() or not name or ".." in Path(name).parts:
-        raise ModelError(f"model {source!r} is not of the form package://PACKAGE/FILE.gguf")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model {source}: the Python package {package} is not installed: pip install "
-            f"{package.replace('_', '-')}"
-        )
-    folders = [Path(folder) for folder in spec.submodule_search_locations]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    models = sorted(
-        str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")
-    )
-    raise ModelError(
-        f"model {source}: package {package} has no file {name}; its models are: "
-        f"{', '.join(models) or 'none'}"
-    )
-
-
-def models_folder() -> Path:
-    """The folder of dequantized models: POCL_CACHE, else `models` in the cache."""
-    override = os.environ.get("POCL_CACHE")
-    return Path(override) if override else cache_folder() / "models"
+from pocl_ds.workflow.files import file_digest
 
 
 def dequantize_gguf(file: Path) -> Path:
@@ -65,20 +22,11 @@ def dequantize_gguf(file: Path) -> Path:
 
     Concurrent processes wait for the one that converts. Raises ModelError, ResourceError.
     """
-    cache = models_folder()
-    folder = cache / f"{file.stem}-{file_digest(file)['sha256'][:16]}"
-    if folder.is_dir():
-        return folder
-    with explain_disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-    with hold_lock(cache / f".{folder.name}.lock", fcntl.LOCK_EX):
-        if not folder.is_dir():
-            start = time.monotonic()
-            log.info("dequantizing %s into %s, once", file.name, folder)
-            with atomic_directory(folder) as temporary:
-                _dequantize(file, temporary)
-            log.info("dequantized %s in %.0f s", file.name, time.monotonic() - start)
-    return folder
+    return convert_once(
+        f"{file.stem}-{file_digest(file)['sha256'][:16]}",
+        lambda folder: _dequantize(file, folder),
+        action=f"dequantizing {file.name}",
+    )
 
 
 def _dequantize(file: Path, folder: Path) -> None:

@@ -30,10 +30,12 @@ from transformers import (
 
 from pocl_ds.config import ModelSource, TeacherConfig
 from pocl_ds.errors import ModelError
-from pocl_ds.models import gguf
 from pocl_ds.models.attention import PER_SAMPLE, check_attention, per_sample
 from pocl_ds.models.dropout import set_dropout
 from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.models.gguf import dequantize_gguf
+from pocl_ds.models.merged_adapters import merge_adapter
+from pocl_ds.models.model_paths import base_of_adapter, is_adapter, local_path
 from pocl_ds.models.quantization import quantization_arguments
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
@@ -64,20 +66,21 @@ CUSTOM_CODE_MESSAGE = "contains custom code"  # in the error of transformers
 def resolve_model(config: ModelSource) -> str:
     """The folder or Hub name of a model, as the `load_*` functions take it.
 
-    A .gguf file, also one in an installed package (`package://PACKAGE/FILE.gguf`), is dequantized
-    once into a folder of the cache (see `gguf`). Raises ModelError if there is no such model.
+    A .gguf file is dequantized once into a folder of the cache (see `gguf`), and an adapter is
+    merged once with its base model (see `merged_adapters`). Both may be in an installed package
+    (`package://PACKAGE/NAME`). Raises ModelError if there is no such model.
     """
     source = config.model
-    if source.startswith(gguf.PACKAGE_SCHEME):
-        return str(gguf.dequantize_gguf(gguf.find_package_file(source)))
-    path = Path(os.path.expanduser(source))
+    path = local_path(source)
     if os.path.isdir(path):
+        if is_adapter(path):
+            return _resolve_adapter(path, config)
         _check_folder(path, weights=not _is_served(config))
         return str(path)
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ModelError(f"model file {source} does not exist: check the path")
-        return str(gguf.dequantize_gguf(path))
+        return str(dequantize_gguf(path))
     if os.path.isfile(path):
         raise ModelError(
             f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file"
@@ -88,6 +91,21 @@ def resolve_model(config: ModelSource) -> str:
             "org/name"
         )
     return source
+
+
+def _resolve_adapter(folder: Path, config: ModelSource) -> str:
+    """The base model with the adapter merged; of a served model only the base's other files are
+    read.
+    """
+    name, revision = base_of_adapter(folder)
+    base = config.model_copy(update={"model": name, "revision": revision})
+    try:
+        base_path = resolve_pinned_model(base)
+    except ModelError as error:
+        raise ModelError(f"the base model of the adapter {folder}: {error}") from error
+    if _is_served(config):
+        return base_path
+    return str(merge_adapter(folder, base_path, trust_remote_code=config.trust_remote_code))
 
 
 def resolve_commits(sources: Iterable[ModelSource]) -> dict[str, str]:

@@ -1,16 +1,18 @@
 """Low-rank adapters added to frozen weights (LoRA, arXiv 2106.09685), with peft.
 
-peft adds them to the model's own modules, so no other code needs to know of them. Only this
-file imports peft.
+peft adds them to the model's own modules, so no other code needs to know of them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocl_ds.compat.deepspeed_private import full_shape
@@ -164,6 +166,25 @@ def merge_adapters(
             for held_name, held_tensor in held.items():
                 yield _name_without_adapter(held_name, layers), held_tensor
             held.clear()
+
+
+def save_adapter(
+    model: Any, weights: Mapping[str, Tensor], folder: Path, *, base_model: str
+) -> None:
+    """Write the adapters alone, as the folder that peft loads.
+
+    model: the model with adapters. weights: its full state. base_model: what they belong to, a
+    folder or a name.
+    """
+    settings = model.peft_config[ADAPTER]
+    settings = replace(settings, base_model_name_or_path=base_model, inference_mode=True)
+    settings.save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor.contiguous().cpu()
+        for name, tensor in weights.items()
+        if ".lora_" in name
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _lora_layers(model: Any) -> list[tuple[str, Any]]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from pocl_ds.compat.transformers_private import save_custom_code
 from pocl_ds.config import (
@@ -29,7 +31,7 @@ from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ArtifactError
 from pocl_ds.generation.end_of_turn import recorded_end_ids, with_end_ids
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.models.lora import count_trainable_parameters, merge_adapters
+from pocl_ds.models.lora import count_trainable_parameters, merge_adapters, save_adapter
 from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.runtime.job_roles import job_roles
 from pocl_ds.teachers.cache_plan import CacheReference
@@ -172,6 +174,7 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
     else:
         state = engine.gathered_state_dict(model)
     if training.student.lora:
+        _write_adapter(training, model, state)
         state = dict(merge_adapters(model, state.items()))
     tokenizer = load_tokenizer(
         training.student_path, trust_remote_code=training.student.trust_remote_code
@@ -191,6 +194,19 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
             if model.can_generate() and model.generation_config is not None:
                 settings = with_end_ids(model.generation_config, training.end_of_turn_ids)
                 settings.save_pretrained(folder)
+
+
+def _write_adapter(training: TrainingRun, model: Any, state: Mapping[str, Tensor]) -> None:
+    """Write the adapters alone to `adapter/`, on rank 0."""
+    folder = training.directory / "adapter"
+    with distributed.raise_on_all_ranks("write the adapter"):
+        if distributed.rank() == 0:
+            remove_partial_directories(folder)
+            # The recipe's name of the base model holds on other machines.
+            is_own = training.student.prune or training.student.heal_steps
+            base_model = training.student_path if is_own else training.student.model
+            with atomic_directory(folder) as temporary:
+                save_adapter(model, state, temporary, base_model=base_model)
 
 
 def _write_manifest(
@@ -218,5 +234,6 @@ def _write_manifest(
         "skipped_steps": trainer.non_finite.skipped,
         "batch_invariance": invariance,
     }
-    files = [p for p in sorted((training.directory / "final").rglob("*")) if p.is_file()]
+    written = [training.directory / name for name in ("final", "adapter")]
+    files = [p for folder in written for p in sorted(folder.rglob("*")) if p.is_file()]
     write_manifest(training.directory, training.label, training.fingerprint, info=info, files=files)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,14 +18,20 @@ from typing import Any, TypeAlias
 from pocl_ds.config import ModelSource, Recipe
 from pocl_ds.config.data import HELD_OUT_SPLITS
 from pocl_ds.data.source_files import local_files
+from pocl_ds.errors import ModelError
 from pocl_ds.evaluation.benchmarks import KNOWN_BENCHMARKS, TEST_SPLIT, local_benchmark_files
+from pocl_ds.models.model_paths import (
+    PACKAGE_SCHEME,
+    base_of_adapter,
+    is_adapter,
+    local_path,
+)
 from pocl_ds.workflow.manifest import MANIFEST
 
 Digests: TypeAlias = dict[str, list[Any]]  # path -> size in bytes and sha256
 
 # Files up to this size are digested completely, larger ones by evenly spaced blocks.
 FULL_DIGEST_BYTES, BLOCK_BYTES, BLOCK_COUNT = 256 << 20, 1 << 18, 128
-PACKAGE_SCHEME = "package://"
 
 # Files in a model's folder from which transformers builds a tokenizer and its chat template, and
 # the file that names the ids that end a response.
@@ -130,19 +136,38 @@ def tokenizer_files(source: ModelSource) -> Digests:
 
     The weights are not among them. A .gguf file holds everything.
     """
-    path = Path(os.path.expanduser(source.model))
+    path = _local_path(source)
     digests = _folder_digests(path, TOKENIZER_FILES)
     if os.path.isfile(path / "config.json"):
         digests[str(path / "config.json")] = _tokenizer_fields(path / "config.json")
-    return digests or _single_file_digests(source)
+    return {**digests, **_base_digests(source, tokenizer_files)} or _single_file_digests(source)
 
 
 def model_files(source: ModelSource) -> Digests:
     """Digests of all files of a local model; none for one of the Hub, whose commit is recorded."""
-    path = Path(os.path.expanduser(source.model))
+    path = _local_path(source)
     digests = _folder_digests(path, MODEL_FILES)
     digests.pop(str(path / MANIFEST), None)
-    return digests or _single_file_digests(source)
+    return {**digests, **_base_digests(source, model_files)} or _single_file_digests(source)
+
+
+def _local_path(source: ModelSource) -> Path:
+    try:
+        return local_path(source.model)
+    except ModelError:  # reported where the model is loaded
+        return Path(source.model)
+
+
+def _base_digests(source: ModelSource, digests: Callable[[ModelSource], Digests]) -> Digests:
+    """Digests of the base model, if the model is a folder with an adapter."""
+    folder = _local_path(source)
+    if not is_adapter(folder):
+        return {}
+    try:
+        name, revision = base_of_adapter(folder)
+    except ModelError:  # reported where the model is loaded
+        return {}
+    return digests(source.model_copy(update={"model": name, "revision": revision}))
 
 
 def _folder_digests(folder: Path, patterns: Iterable[str]) -> Digests:

@@ -91,7 +91,7 @@ class RunDirectory:
 
     @property
     def train(self) -> Path:
-        """checkpoints/, metrics.jsonl and final/."""
+        """checkpoints/, metrics.jsonl and final/; adapter/ with student.lora."""
         return self.path / "train"
 
     @property

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tiny_runs import computed, records, stop_after, write_recipe
 from transformers import AutoModelForCausalLM
 
+from pocl_ds.config import ModelSource
+from pocl_ds.models.load import resolve_model
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 pytest.importorskip("peft")
@@ -65,7 +67,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
-    planned: Path, tmp_path: Path
+    planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generator with merged weights generates the responses; each optimizer step compares its
     probabilities with the student's.
@@ -86,6 +88,10 @@ def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
         "trainable_parameters"
     ]
     assert trained == 4 * 2 * ((64 + 64) + (128 + 64))
+    # The adapter alone is the same model.
+    monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
+    merged = weights(Path(resolve_model(ModelSource(model=str(run / "train" / "adapter")))))
+    torch.testing.assert_close(merged, weights(final), rtol=0, atol=1e-6)
 
     assert stop_after(stopped, 3) < 6
     shutil.copytree(stopped / "train", fewer / "train")

