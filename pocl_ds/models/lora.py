@@ -1,6 +1,7 @@
 """Low-rank adapters added to frozen weights (LoRA, arXiv 2106.09685), with peft.
 
-peft adds them to the model's own modules, so no other code needs to know of them.
+peft adds them to the model's own modules, so no other code needs to know of them. Only this
+file imports peft.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.config import LoraConfig
 from pocl_ds.config.registry import ALL_LINEAR
-from pocl_ds.errors import RecipeError, ResourceError
-from pocl_ds.models.load import empty_model
+from pocl_ds.errors import ModelError, RecipeError, ResourceError
 
 ADAPTER = "default"  # peft's name of the only adapter
 # The weights of a layer with an adapter: its own, A and B.
@@ -83,13 +83,12 @@ def _short_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def check_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> None:
-    """Raise ResourceError if peft is missing, RecipeError if a model of this configuration cannot
-    have these adapters.
+def check_adapters(model: Any, config: LoraConfig) -> None:
+    """Raise ResourceError if peft is missing, RecipeError if a model, which may be on the meta
+    device, cannot have these adapters.
     """
     require_peft()
-    model = empty_model(config, trust_remote_code=trust_remote_code)
-    target_linear_modules(model, lora.target_modules)
+    target_linear_modules(model, config.target_modules)
 
 
 def adapter_parameters(model: Any, config: LoraConfig) -> int:
@@ -166,6 +165,22 @@ def merge_adapters(
             for held_name, held_tensor in held.items():
                 yield _name_without_adapter(held_name, layers), held_tensor
             held.clear()
+
+
+def merge_adapter_folder(model: Any, folder: Path) -> Any:
+    """The model with the adapter of a folder of peft merged. Raises ModelError for a kind of
+    adapter that does not change weights; what peft raises for one of another model.
+    """
+    from peft import PeftModel
+
+    wrapped: Any = PeftModel.from_pretrained(model, str(folder))
+    if not hasattr(wrapped, "merge_and_unload"):
+        kind = wrapped.peft_config[wrapped.active_adapter].peft_type.value
+        raise ModelError(
+            f"adapter {folder} is of the kind {kind}, which does not change weights and cannot be "
+            "merged: give a LoRA adapter"
+        )
+    return wrapped.merge_and_unload(safe_merge=True)
 
 
 def save_adapter(

@@ -13,6 +13,7 @@ from typing import Any
 
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.converted_models import convert_once
+from pocl_ds.models.lora import merge_adapter_folder
 from pocl_ds.models.model_paths import ADAPTER_CONFIG
 from pocl_ds.models.quiet import quiet
 from pocl_ds.workflow.files import file_digest
@@ -52,21 +53,13 @@ def merge_adapter(folder: Path, base: str, *, trust_remote_code: bool = False) -
 
 
 def _merge(folder: Path, base: str, target: Path, trust_remote_code: bool) -> None:
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments: dict[str, Any] = {"dtype": "auto", "trust_remote_code": trust_remote_code}
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(base, **arguments)
-            model = PeftModel.from_pretrained(model, str(folder))
-            if not hasattr(model, "merge_and_unload"):
-                kind = model.peft_config[model.active_adapter].peft_type.value
-                raise ModelError(
-                    f"adapter {folder} is of the kind {kind}, which does not change weights and "
-                    "cannot be merged: give a LoRA adapter"
-                )
-            model = model.merge_and_unload(safe_merge=True)
+            model = merge_adapter_folder(model, folder)
             own_tokenizer = (folder / "tokenizer_config.json").is_file()
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder) if own_tokenizer else base, trust_remote_code=trust_remote_code

@@ -17,7 +17,7 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.attention import check_attention
 from pocl_ds.models.heads import check_family
-from pocl_ds.models.load import load_tokenizer, resolve_pinned_model
+from pocl_ds.models.load import empty_model, load_tokenizer, resolve_pinned_model
 from pocl_ds.models.lora import check_adapters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
@@ -70,11 +70,9 @@ def init_student(
                 info = _prune(student_path, pruned, student)
         student_path = str(pruned)
     if student.lora:
-        check_adapters(
-            read_model_config(student_path, student),
-            student.lora,
-            trust_remote_code=student.trust_remote_code,
-        )
+        config = read_model_config(student_path, student)
+        empty = empty_model(config, trust_remote_code=student.trust_remote_code)
+        check_adapters(empty, student.lora)
     # A pruned student recovers in a few steps of plain distillation.
     if student.heal_steps:
         _heal(run, student, student_path, teacher, teacher_paths, loss, train, seed, fingerprint)

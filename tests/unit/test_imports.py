@@ -55,7 +55,7 @@ SAME_TIER = {  # (subpackage, subpackage of the same tier that it may import fro
 ONE_FILE = {
     "deepspeed": ("engines/deepspeed_engine.py", "compat/deepspeed_private.py"),
     "vllm": ("generation/vllm_engine.py", "compat/vllm_private.py"),
-    "peft": ("models/lora.py", "models/merged_adapters.py"),
+    "peft": ("models/lora.py",),
 }
 HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets", "peft")
 

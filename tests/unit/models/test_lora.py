@@ -16,7 +16,13 @@ import torch
 from pocl_ds.config import LoraConfig, ModelConfig
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
 from pocl_ds.models.converted_models import models_folder
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
+from pocl_ds.models.load import (
+    empty_model,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    resolve_model,
+)
 from pocl_ds.models.lora import (
     adapter_parameters,
     add_adapters,
@@ -41,6 +47,11 @@ def with_adapters(folder: Path, config: LoraConfig, dtype: str = "float32") -> A
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def empty(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    config = load_model_config(str(folder), trust_remote_code=trust_remote_code)
+    return empty_model(config, trust_remote_code=trust_remote_code)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -156,7 +167,7 @@ def test_modules_without_adapters_are_refused(
     targets: tuple[str, ...], words: tuple[str, ...], tiny_llama: Path
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_adapters(load_model_config(str(tiny_llama)), LoraConfig(target_modules=targets))
+        check_adapters(empty(tiny_llama), LoraConfig(target_modules=targets))
     for word in words:
         assert word in str(caught.value)
 
@@ -166,9 +177,7 @@ def test_custom_code_model_can_have_adapters(tiny_llama: Path, tmp_path: Path) -
     folder = tiny_models.add_custom_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
     with pytest.raises(RecipeError, match="nothing_of_it"):
         check_adapters(
-            load_model_config(str(folder), trust_remote_code=True),
-            LoraConfig(target_modules=("nothing_of_it",)),
-            trust_remote_code=True,
+            empty(folder, trust_remote_code=True), LoraConfig(target_modules=("nothing_of_it",))
         )
 
 
@@ -182,7 +191,7 @@ def test_missing_peft_is_an_error(tiny_llama: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         ResourceError, match=r"student.lora needs the package peft.*pip install 'pocl_ds\[lora\]'"
     ):
-        check_adapters(load_model_config(str(tiny_llama)), LoraConfig())
+        check_adapters(empty(tiny_llama), LoraConfig())
 
 
 @pytest.fixture
