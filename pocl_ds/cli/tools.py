@@ -144,7 +144,7 @@ def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: 
     # The text takes a moment to compute, so the screen is cleared when it is ready.
     clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
     while True:
-        lines = [*progress_lines(folder, cells), "", *result_lines(folder, config, cells)]
+        lines = [*progress_lines(folder, config, cells), "", *result_lines(folder, config, cells)]
         print(clear + "\n".join(lines).rstrip(), flush=True)
         if not watch or all(is_finished(folder, cell) for cell in cells):
             return 0

@@ -28,8 +28,8 @@ COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 HeldOutSplit: TypeAlias = Literal["validation", "test"]
 HELD_OUT_SPLITS: tuple[HeldOutSplit, ...] = ("validation", "test")
 # Sources that need no file.
-DOCUMENTATION, STORIES = "documentation", "stories"
-BUILT_IN_SOURCES = (DOCUMENTATION, STORIES)
+DOCUMENTATION, STORIES, TASKS = "documentation", "stories", "tasks"
+BUILT_IN_SOURCES = (DOCUMENTATION, STORIES, TASKS)
 HUB_SPLIT_DESCRIPTION = (
     "Split of a Hugging Face dataset, or of a local file or folder that holds several splits."
 )
@@ -127,7 +127,7 @@ class DataConfig(Section):
         "files also compressed as .gz, .bz2, .xz or .zst), a list of files, a pattern such as "
         "`data/*.jsonl`, a folder of files or one of `save_to_disk`, the name of a Hugging Face "
         "dataset, or a built-in corpus: `documentation` of docstrings, `stories` of short stories "
-        "with a question.",
+        "with a question, `tasks` of small tasks of graded difficulty.",
     )
     sources: tuple[SourceConfig, ...] = Field(
         (),
@@ -286,11 +286,14 @@ class DataConfig(Section):
 
     @property
     def has_domains(self) -> bool:
-        """Whether samples have a domain: a field of their own (`fields.domain`), or their source
-        in a mixture.
+        """Whether samples have a domain: a field of their own (`fields.domain`), their source in
+        a mixture, or the level of a built-in task.
         """
         sections = [*self.training_sources, *map(self.held_out_source, HELD_OUT_SPLITS)]
-        named = any(section and section.fields.get("domain") for section in sections)
+        named = any(
+            section and (section.fields.get("domain") or section.source == TASKS)
+            for section in sections
+        )
         return named or len(self.sources) > 1
 
     def held_out_source(self, split: HeldOutSplit) -> SourceConfig | None:

@@ -14,7 +14,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pocl_ds.config.data import DOCUMENTATION, HELD_OUT_SPLITS, STORIES, DataConfig, SourceConfig
+from pocl_ds.config.data import (
+    DOCUMENTATION,
+    HELD_OUT_SPLITS,
+    STORIES,
+    TASKS,
+    DataConfig,
+    SourceConfig,
+)
 from pocl_ds.data.conversation import Sample
 from pocl_ds.data.documentation import extract_documentation_samples
 from pocl_ds.data.mixture import mixture_rows
@@ -24,6 +31,7 @@ from pocl_ds.data.sample_spool import SPLITS, SampleSpool
 from pocl_ds.data.sources import read_source_records
 from pocl_ds.data.splits import assign_split, split_key
 from pocl_ds.data.stories import generate_stories
+from pocl_ds.data.tasks import generate_tasks
 from pocl_ds.data.tokenize_workers import chunks_of_lines, map_chunks
 from pocl_ds.errors import DataError
 from pocl_ds.runtime.progress import Progress
@@ -205,6 +213,8 @@ class SourceReader:
             return extract_documentation_samples(data.documentation)
         if source.source == STORIES:
             return generate_stories()
+        if source.source == TASKS:
+            return generate_tasks()
         return samples_from_records(
             read_source_records(
                 source,

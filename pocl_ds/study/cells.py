@@ -42,6 +42,9 @@ class StudyConfig(Section):
     compare: tuple[tuple[str, str], ...] = Field(
         (), description="Pairs of arms: is the first better than the second?"
     )
+    measure: Literal["rouge_l", "exact_match"] = Field(
+        "rouge_l", description="What the table shows and the pairs compare, in percent."
+    )
     until: Literal["rank", "evaluate", "report"] = Field(
         "report",
         description="Last step of each run. With rank, nothing is trained, and the difficulty "

@@ -7,10 +7,12 @@ cached outputs, a baseline.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +22,15 @@ from pocl_ds.resources import module_command
 from pocl_ds.study.cells import Cell
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors
 from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.locks import LockTakenError, hold_lock
 from pocl_ds.workflow.processes import run_process
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
 from pocl_ds.workflow.steps import fingerprints
 
 log = logging.getLogger("pocl_ds")
+
+POLL_SECONDS = 2.0  # while other processes run all cells that are ready
 
 
 def cell_directory(folder: Path, cell: Cell) -> RunDirectory:
@@ -58,35 +63,56 @@ def reuse_results(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
 def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
     """Run every unfinished cell on this machine, one after the other.
 
-    Raises ArtifactError if one fails, Interrupted if one is stopped.
+    Other processes may do the same with the same folder: each takes cells that no other runs, and
+    waits for expensive steps that others compute. Raises ArtifactError if a cell fails, Interrupted
+    if one is stopped.
     """
-    for number, cell in enumerate(cells, 1):
-        run = cell_directory(folder, cell)
-        if is_finished(folder, cell):
-            log.info("study %d/%d: %s is already finished", number, len(cells), cell.name)
-            continue
+    while ready := ready_cells(folder, cells):
+        for cell in ready:
+            if _run_unless_taken(folder, cell, cells):
+                break
+        else:
+            time.sleep(POLL_SECONDS)
 
-        # Reuse results of other cells, then run the missing steps.
-        with lock_run_directory(run):
-            record_recipe(run, cell.recipe)
-            reused = reuse_results(folder, cell, cells)
-        note = f" (reuses {', '.join(reused)})" if reused else ""
-        log.info("study %d/%d: %s%s", number, len(cells), cell.name, note)
-        command = module_command("pocl_ds.cli.main")
-        code = run_process([*command, "run", "--run-dir", str(run.path), "--until", cell.until])
 
-        # A stopped or failing cell ends the study.
-        if code in (128 + signal.SIGINT, EXIT_RESUME):
-            raise Interrupted(
-                f"stopped in cell {cell.name}: everything is saved; run the same command again to "
-                "continue",
-                exit_code=code,
-            )
-        if code:
-            raise ArtifactError(
-                f"cell {cell.name} failed with exit code {code}, see above: fix it and run the "
-                "same command again"
-            )
+def _run_unless_taken(folder: Path, cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Run a cell, and return False if another process runs it or has finished it."""
+    run = cell_directory(folder, cell)
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        with hold_lock(folder / f".{cell.name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if is_finished(folder, cell):
+                return False
+            _run_cell(folder, cell, cells)
+            return True
+    except LockTakenError:
+        return False
+
+
+def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell]) -> None:
+    run = cell_directory(folder, cell)
+    # Reuse results of other cells, then run the missing steps.
+    with lock_run_directory(run):
+        record_recipe(run, cell.recipe)
+        reused = reuse_results(folder, cell, cells)
+    note = f" (reuses {', '.join(reused)})" if reused else ""
+    finished = sum(is_finished(folder, other) for other in cells)
+    log.info("study: %d of %d finished, running %s%s", finished, len(cells), cell.name, note)
+    command = module_command("pocl_ds.cli.main")
+    code = run_process([*command, "run", "--run-dir", str(run.path), "--until", cell.until])
+
+    # A stopped or failing cell ends the study.
+    if code in (128 + signal.SIGINT, EXIT_RESUME):
+        raise Interrupted(
+            f"stopped in cell {cell.name}: everything is saved; run the same command again to "
+            "continue",
+            exit_code=code,
+        )
+    if code:
+        raise ArtifactError(
+            f"cell {cell.name} failed with exit code {code}, see above: fix it and run the "
+            "same command again"
+        )
 
 
 def ready_cells(folder: Path, cells: Sequence[Cell]) -> list[Cell]:

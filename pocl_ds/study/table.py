@@ -8,92 +8,44 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import numpy as np
 
-from pocl_ds.evaluation.compare_models import ComparedModel, read_results, read_scores
-from pocl_ds.evaluation.comparison import MIN_ITEMS
-from pocl_ds.metrics.bootstrap import (
-    RESAMPLES,
-    Floats,
-    percentile_interval,
-    resampled_means,
-    two_sided_p,
+from pocl_ds.evaluation.compare_models import (
+    MEASURES,
+    ComparedModel,
+    read_results,
+    read_scores,
 )
+from pocl_ds.metrics.bootstrap import Floats
 from pocl_ds.metrics.footnotes import mark_benchmark, merge_footnotes
 from pocl_ds.report.history import read_step_costs
 from pocl_ds.runtime.formatting import align_columns, format_duration
 from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.study.cells import Cell, StudyConfig, sample_visits
+from pocl_ds.study.differences import (
+    Difference,
+    detectable_difference,
+    holm,
+    two_level_difference,
+)
 from pocl_ds.study.difficulty_agreement import difficulty_lines, read_ranked_samples
+from pocl_ds.study.learning_curves import forgetting_lines
 from pocl_ds.study.run import cell_directory, is_finished
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.steps import STEPS
 
-STUDENT, MEASURE, ALL_ITEMS = "student", "rouge_l", "all items"
+STUDENT, ALL_ITEMS = "student", "all items"
 ORDERING_STEPS = ("score", "rank", "plan")
 MAX_VISIT_RATIO = 1.01  # between arms that count as equal
 
 
-@dataclass(frozen=True)
-class Difference:
-    """B - A: the mean over items and trainings, with a 95% interval and a two-sided p over both."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-    trainings: int
-    items: int
-
-    @property
-    def has_few_items(self) -> bool:
-        """Whether the items are too few for any claim."""
-        return self.items < MIN_ITEMS
-
-    @property
-    def sentence(self) -> str:
-        """A sentence on whether B is better."""
-        width = (self.high - self.low) / 2
-        plural = "s" if self.trainings > 1 else ""
-        interval = f"± {width:.2f}, p = {self.p:.2g}, {self.trainings} training{plural} each"
-        if not self.has_few_items and (self.low > 0 or self.high < 0):
-            return f"{'better' if self.mean > 0 else 'worse'} by {abs(self.mean):.2f} {interval}"
-        return f"no difference shown: {self.mean:+.2f} {interval}" + (
-            f"; {self.items} items are too few" if self.has_few_items else ""
-        )
-
-
-def two_level_difference(
-    differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Difference:
-    """The mean of B - A with an interval over items and trainings at once.
-
-    differences: [items, trainings], paired. Items are drawn with replacement (docs/method.md,
-    eq. 26). The error of the mean over trainings is drawn from Student's t, since the bootstrap
-    underestimates the spread of a few trainings: in 1000 simulated studies of 2 to 10 trainings on
-    60 and 500 items, this interval covered the truth in 95 to 99.6% of the trials, and drawing
-    trainings with replacement in 74 to 99%. With one training the interval is over items alone.
-    """
-    trainings = differences.shape[1]
-    mean = float(differences.mean())
-    means = resampled_means(differences.mean(1), resamples=resamples, seed=seed)
-    if trainings > 1:
-        standard_error = differences.mean(0).std(ddof=1) / trainings**0.5
-        draws = np.random.default_rng([seed, trainings]).standard_t(trainings - 1, resamples)
-        # The sign makes A - B the exact opposite of B - A.
-        means += np.copysign(standard_error, mean) * draws
-    return Difference(
-        mean, *percentile_interval(means), two_sided_p(means), trainings, len(differences)
-    )
-
-
-def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
-    """One line for each cell: its state, and ROUGE-L once it is finished."""
-    rows = [["cell", "visits", "state", "ROUGE-L"]]
+def progress_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
+    """One line for each cell: its state, and the study's measure once it is finished."""
+    rows = [["cell", "visits", "state", MEASURES[study.measure][0]]]
     for cell in cells:
         run, visits = cell_directory(folder, cell), f"{sample_visits(cell.recipe):g}"
         metrics = run.train / "metrics.jsonl"
@@ -102,7 +54,7 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
         elif is_finished(folder, cell):
             models = read_results(run)["models"].get(STUDENT, {"benchmarks": {}})
             scores = ", ".join(
-                f"{name} {entry['rouge_l']:.2f}" for name, entry in models["benchmarks"].items()
+                f"{name} {entry[study.measure]:.2f}" for name, entry in models["benchmarks"].items()
             )
             rows.append([cell.name, visits, "done", scores])
         elif metrics.is_file() and (records := read_metrics(metrics)):
@@ -127,16 +79,25 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         return difficulty_lines(
             samples, max(cell.recipe.curriculum.num_subsets for cell in finished)
         )
-    results = read_results(cell_directory(folder, finished[0]))
-    benchmarks = list(results["models"][STUDENT]["benchmarks"])
+    benchmarks = benchmarks_of(folder, finished)
+    pairs = read_pairs(folder, study, cells)
     return [
-        *_mean_lines(folder, finished, benchmarks),
-        *_pair_lines(folder, study, finished, cells, benchmarks),
+        *_mean_lines(folder, finished, benchmarks, study.measure),
+        *_pair_lines(pairs),
+        *forgetting_lines(folder, finished),
         *_unequal_visits(folder, finished, cells),
     ]
 
 
-def _mean_lines(folder: Path, finished: Sequence[Cell], benchmarks: Sequence[str]) -> list[str]:
+def benchmarks_of(folder: Path, finished: Sequence[Cell]) -> list[str]:
+    """Names of the benchmarks, which all cells share."""
+    results = read_results(cell_directory(folder, finished[0]))
+    return list(results["models"][STUDENT]["benchmarks"])
+
+
+def _mean_lines(
+    folder: Path, finished: Sequence[Cell], benchmarks: Sequence[str], measure: str
+) -> list[str]:
     """A table of means over seeds, one row for each group of cells, with footnotes."""
     labeled_results = [
         (cell.group, read_results(cell_directory(folder, cell))) for cell in finished
@@ -148,43 +109,76 @@ def _mean_lines(folder: Path, finished: Sequence[Cell], benchmarks: Sequence[str
     for group in dict.fromkeys(cell.group for cell in finished):
         runs = [cell_directory(folder, cell) for cell in finished if cell.group == group]
         entries = [read_results(run)["models"][STUDENT]["benchmarks"] for run in runs]
-        scores = [_mean_and_deviation([e[name]["rouge_l"] for e in entries]) for name in benchmarks]
+        scores = [_mean_and_deviation([e[name][measure] for e in entries]) for name in benchmarks]
         rows.append([group, str(len(runs)), *scores, _validation_loss(runs), *_mean_times(runs)])
     return align_columns(rows, numbers=True) + merge_footnotes(labeled_results, benchmarks)
 
 
-def _pair_lines(
-    folder: Path,
-    study: StudyConfig,
-    finished: Sequence[Cell],
-    cells: Sequence[Cell],
-    benchmarks: Sequence[str],
-) -> list[str]:
-    """A sentence for each pair of arms, point of the grid and benchmark, and what limits them."""
+@dataclass(frozen=True)
+class Pair:
+    """Two arms at one point of the grid on some items: is the first better than the second?
+
+    differences: paired, [items, trainings].
+    """
+
+    label: str
+    differences: Floats
+    result: Difference
+
+
+def read_pairs(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[Pair]:
+    """The study's pairs of arms at each point of the grid and on each benchmark, as far as both
+    arms have finished.
+    """
+    finished = [cell for cell in cells if is_finished(folder, cell)]
+    if not finished:
+        return []
+    benchmarks = benchmarks_of(folder, finished)
     titles = [*benchmarks, ALL_ITEMS] if len(benchmarks) > 1 else benchmarks
     points = dict.fromkeys(cell.point for cell in cells)
-    lines: list[str] = []
-    differences: list[Difference] = []
+    pairs = []
     for (better, worse), point, title in itertools.product(study.compare, points, titles):
         names = benchmarks if title == ALL_ITEMS else [title]
-        if difference := _pair_difference(folder, finished, (worse, better), point, names):
-            labels = "".join(f", {label}" for _, label in point)
-            lines.append(f"{title}{labels}: {better} against {worse}: {difference.sentence}")
-            differences.append(difference)
-
-    # Many comparisons find differences by chance; one training each hides the spread of trainings.
-    tests = sum(item.trainings > 1 and not item.has_few_items for item in differences)
-    if tests > 1:
-        lines.append(
-            f"{tests} comparisons: {0.05 * tests:.1f} of them would show a difference between "
-            "equal arms by chance"
+        differences = _paired_differences(
+            folder, finished, (worse, better), point, names, study.measure
         )
-    if any(item.trainings == 1 for item in differences):
+        if differences is not None:
+            labels = "".join(f", {label}" for _, label in point)
+            label = f"{title}{labels}: {better} against {worse}"
+            pairs.append(Pair(label, differences, two_level_difference(differences)))
+    return pairs
+
+
+def _pair_lines(pairs: Sequence[Pair]) -> list[str]:
+    """A sentence for each pair, and what limits them."""
+    tests = [pair for pair in pairs if pair.result.is_test]
+    adjusted: dict[str, float] = {}
+    if len(tests) > 1:
+        corrected = holm([pair.result.p for pair in tests])
+        adjusted = {pair.label: p for pair, p in zip(tests, corrected, strict=True)}
+    lines = [f"{pair.label}: {pair.result.sentence(adjusted.get(pair.label))}" for pair in pairs]
+    if adjusted:
+        lines.append(
+            f"{len(tests)} comparisons: {0.05 * len(tests):.1f} of them would show a difference "
+            "between equal arms by chance; p by Holm accounts for that"
+        )
+    if tests:
+        counts = {trainings: _detectable(tests, trainings) for trainings in (3, 5, 10, 20)}
+        listed = ", ".join(f"{value:.2f} with {count}" for count, value in counts.items())
+        lines.append(
+            f"on {tests[0].result.items} items a study shows a difference with a probability of "
+            f"80% from {listed} trainings on (median over the pairs)"
+        )
+    if any(pair.result.trainings == 1 for pair in pairs):
         lines.append(
             "with one training each, an interval covers items alone and not how much trainings "
             "differ"
         )
     return lines
+
+
+def _detectable(tests: Sequence[Pair], trainings: int) -> float:
+    return median(detectable_difference(pair.differences, trainings) for pair in tests)
 
 
 def _unequal_visits(folder: Path, finished: Sequence[Cell], cells: Sequence[Cell]) -> list[str]:
@@ -209,15 +203,16 @@ def _unequal_visits(folder: Path, finished: Sequence[Cell], cells: Sequence[Cell
     return []
 
 
-def _pair_difference(
+def _paired_differences(
     folder: Path,
     finished: Sequence[Cell],
     arms: tuple[str, str],
     point: tuple[tuple[str, str], ...],
     benchmarks: Sequence[str],
-) -> Difference | None:
-    """The second arm minus the first over all items of some benchmarks and the seeds that both have
-    finished; None without such a seed.
+    measure: str,
+) -> Floats | None:
+    """The second arm minus the first, [items, trainings], over all items of some benchmarks and the
+    seeds that both have finished; None without such a seed.
     """
     # Find the seeds that both arms have finished.
     sides = [
@@ -237,7 +232,7 @@ def _pair_difference(
                 read_scores(
                     ComparedModel(cell_directory(folder, side[seed]), STUDENT, side[seed].name),
                     benchmark,
-                    MEASURE,
+                    measure,
                 ).scores
                 for side in sides
             )
@@ -247,7 +242,7 @@ def _pair_difference(
                 if item in scores_b
             ]
         columns.append(np.array(differences))
-    return two_level_difference(np.stack(columns, 1))
+    return np.stack(columns, 1)
 
 
 def _validation_loss(runs: Sequence[RunDirectory]) -> str:

@@ -20,6 +20,7 @@ from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
 from pocl_ds.curriculum.plan_step import read_scores
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
+from pocl_ds.data.split_sources import read_split_domains
 from pocl_ds.data.thought_spans import ThoughtFinder
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
@@ -142,6 +143,7 @@ def build_trainer(
             teacher.on_load.append(lambda loaded, _: _log_kernels(loaded_models(loaded)))
     flops = flops_of_training(training)
     data = _training_data(training, splits, layout, flops)
+    data.validation_domains = read_split_domains(run.data, "validation")
     data.thought_weights = _thought_weights(training)
     if isinstance(teacher, DomainTeachers):
         data.teacher_of_row = teacher.model_of_row

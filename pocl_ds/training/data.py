@@ -21,6 +21,7 @@ from pocl_ds.curriculum.micro_batches import (
 )
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.generated import TokenizedDataset
+from pocl_ds.data.split_sources import SplitLabels
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed, sequence_parallel
 from pocl_ds.training.layout import Layout
@@ -66,6 +67,7 @@ class TrainingData:
     teacher_responses: TokenizedSplit | None = None
     # The teacher of each row of a split, if domains have their own: split -> [samples].
     teacher_of_row: Mapping[str, NDArray[np.int64]] | None = None
+    validation_domains: SplitLabels | None = None  # None: the samples have no domains
     teacher_requests: TeacherRequests | None = None  # for a teacher on ranks of its own
     thought_weights: ThoughtWeights | None = None  # None: thoughts count as answers do
     sample_flops: SampleFlops | None = None  # what micro-batches are balanced by; None: tokens

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pocl_ds.config import LossConfig
+from pocl_ds.data.split_sources import SplitLabels
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.metrics.bootstrap import Floats
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.teachers.teacher import verify_damage
@@ -18,6 +22,8 @@ from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
 
 log = logging.getLogger("pocl_ds")
+
+MAX_VALIDATED_DOMAINS = 16  # each domain has forward passes of its own
 
 
 class Validator:
@@ -37,6 +43,7 @@ class Validator:
         self.models, self.data, self.loss, self.monitor = models, data, loss, monitor
         ids = data.validation.ids if data.validation else ()
         self.rows = np.array(select_by_hash(ids, max_samples), np.int64)
+        self.rows_by_domain = _by_domain(self.rows, data.validation_domains)
 
     def log_selection(self) -> None:
         """Log how many samples are used."""
@@ -56,30 +63,11 @@ class Validator:
         split = self.data.validation
         if split is None or not len(self.rows):
             return None
-        # Every rank runs the same number of forward passes.
-        sample_teachers = self.data.sample_teachers(split, self.rows)
-        numbers = self.models.teacher_numbers(stage, sample_teachers, self.rows)
-        costs = self.data.batch_costs(split, self.rows, numbers)
-        assigned = self.data.even_batches(costs, sample_teachers)
-        batches = [self.rows[members] for members in assigned.members]
-        verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
-
-        # Sum divergence, cross-entropy and tokens over this rank's batches.
-        terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
-        sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
-        self.models.engine.module.eval()
-        for batch in self.data.batches(split, batches, assigned.teachers):
-            self.monitor.report_alive()
-            teacher = self.models.teacher_of(batch)
-            outputs = teacher.outputs(batch)
-            with teacher.head() as head:
-                _, kd, ce = self.models.engine.forward(batch, terms, outputs, head)
-            sums += torch.stack([kd, ce, kd.new_tensor(batch.labels.numel())])
-        self.models.engine.module.train()
-
-        # Average over all ranks' tokens.
-        kd_sum, ce_sum, tokens = distributed.all_sum(sums).tolist()
-        validation_loss, kd_loss = ce_sum / tokens, kd_sum / tokens
+        sums = {
+            domain: self._sum(split, rows, stage) for domain, rows in self.rows_by_domain.items()
+        }
+        validation_loss, kd_loss = _means(sum(sums.values(), start=np.zeros(3)))
+        by_domain = {domain: _means(domain_sums) for domain, domain_sums in sums.items()}
         log.info(
             "%s: stage=%d step=%d validation_loss=%.4f validation_kd_loss=%.4f",
             self.monitor.label,
@@ -96,5 +84,53 @@ class Validator:
             "total_samples": len(split),
             "validation_loss": validation_loss,
             "validation_kd_loss": kd_loss,
-            **self.models.metrics_of_teachers(stage, sample_teachers),
+            **(
+                {
+                    "validation_loss_by_domain": {d: ce for d, (ce, _) in by_domain.items()},
+                    "validation_kd_loss_by_domain": {d: kd for d, (_, kd) in by_domain.items()},
+                }
+                if len(by_domain) > 1
+                else {}
+            ),
+            **self.models.metrics_of_teachers(stage, self.data.sample_teachers(split, self.rows)),
         }
+
+    def _sum(self, split: TokenizedSplit, rows: NDArray[np.int64], stage: int) -> Floats:
+        """Divergence, cross-entropy and tokens, summed over these samples and all ranks: [3]."""
+        # Every rank runs the same number of forward passes.
+        sample_teachers = self.data.sample_teachers(split, rows)
+        numbers = self.models.teacher_numbers(stage, sample_teachers, rows)
+        costs = self.data.batch_costs(split, rows, numbers)
+        assigned = self.data.even_batches(costs, sample_teachers)
+        batches = [rows[members] for members in assigned.members]
+        verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
+
+        terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
+        sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
+        self.models.engine.module.eval()
+        for batch in self.data.batches(split, batches, assigned.teachers):
+            self.monitor.report_alive()
+            teacher = self.models.teacher_of(batch)
+            outputs = teacher.outputs(batch)
+            with teacher.head() as head:
+                _, kd, ce = self.models.engine.forward(batch, terms, outputs, head)
+            sums += torch.stack([kd, ce, kd.new_tensor(batch.labels.numel())])
+        self.models.engine.module.train()
+        return np.array(distributed.all_sum(sums).tolist())
+
+
+def _by_domain(
+    rows: NDArray[np.int64], domains: SplitLabels | None
+) -> dict[str, NDArray[np.int64]]:
+    """The rows of each domain; all of them as one if there is one domain or there are too many."""
+    numbers = domains.numbers[rows] if domains else np.zeros(len(rows))
+    present = np.unique(numbers)
+    if domains is None or len(present) > MAX_VALIDATED_DOMAINS:
+        return {"": rows}
+    return {domains.names[int(number)]: rows[numbers == number] for number in present}
+
+
+def _means(sums: Floats) -> tuple[float, float]:
+    """Cross-entropy and divergence in nats per token, of the sums of `Validator._sum`."""
+    kd, ce, tokens = sums.tolist()
+    return ce / tokens, kd / tokens

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 import yaml
-from command_line import ROOT, pocl
+from command_line import ROOT, pocl, start
 from tiny_runs import write_recipe
+from transformers import AutoModelForCausalLM
+
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.runtime.hashing import select_by_hash
+from pocl_ds.runtime.metrics import read_metrics
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 @pytest.fixture
@@ -25,6 +32,7 @@ def study(tmp_path: Path) -> Path:
         student,
         max_train_samples=32,
         evaluate={"models": ["student"], "held_out_loss": False},
+        data={"source": "tasks", "max_validation_samples": 24, "max_test_samples": 9},
         train={"engine": "torch"},
         launch={"ranks": 1},
     )
@@ -39,21 +47,30 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_a_study_of_two_arms(study: Path) -> None:
+    """Two processes run it together: each cell once, and what both cells need once."""
     folder = study.parent / "runs"
-    output = pocl("study", str(study), "--run-dir", str(folder))
-    assert "study 2/2: pocl-seed42 (reuses preprocess, init-student, score, rank)" in output.stderr
+    words = ("study", str(study), "--run-dir", str(folder))
+    both = [start(*words) for _ in range(2)]
+    outputs = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    started = [
+        line for _, log in outputs for line in log.splitlines() if "finished, running" in line
+    ]
+    names = sorted(line.split("running ")[1].split()[0] for line in started)
+    assert names == ["kd-seed42", "pocl-seed42"]
+    assert any("pocl-seed42 (reuses preprocess, init-student, score" in line for line in started)
+    tables = [output[output.index("cell  ") :] for output, _ in outputs]
+    assert tables[0] == tables[1]
     assert (folder / "kd-seed42" / "scores").stat().st_ino != (
         folder / "pocl-seed42" / "scores"
     ).stat().st_ino
-    assert "pocl against kd: " in output.stdout and "1 training each" in output.stdout
-    # Subsets of 10, 20 and 32 samples leave incomplete batches of 2 and 4 samples at batch size 8.
-    assert (
-        "NOT EQUAL: a sample is visited on average 4.00 times by kd, 3.50 times by pocl"
-        in output.stdout
-    )
-    again = pocl("study", str(study), "--run-dir", str(folder))
-    assert "study 1/2: kd-seed42 is already finished" in again.stderr
-    assert output.stdout.endswith(again.stdout)
+    assert "pocl against kd: " in tables[0] and "1 training each" in tables[0]
+    again = pocl(*words)
+    assert "running" not in again.stderr and again.stdout == tables[0]
+
+    # The validation loss of each domain, here the level of a task.
+    assert any("forgot level-1" in line for line in tables[0].splitlines())
+    assert_losses_by_level(RunDirectory(folder / "kd-seed42"))
 
     ranked = study.with_name("ranked.yaml")  # the same cells, ranked only
     ranked.write_text(study.read_text() + "until: rank\n")
@@ -71,6 +88,27 @@ def test_a_study_of_two_arms(study: Path) -> None:
 
 
 @pytest.mark.weekly
+def assert_losses_by_level(run: RunDirectory) -> None:
+    """The last validation equals transformers' loss of the final student, level by level."""
+    record = read_metrics(run.train / "metrics.jsonl", "validation")[-1]
+    split = TokenizedSplit.open(run.data, "validation")
+    model = AutoModelForCausalLM.from_pretrained(run.train / "final").eval()
+    sums: dict[str, list[float]] = {}
+    for row in select_by_hash(split.ids, record["samples"]):
+        ids = torch.tensor(split.tokens(row).astype(int))
+        labels = torch.where(torch.tensor(split.loss_mask(row)), ids, -100)
+        with torch.no_grad():
+            loss = model(ids[None], labels=labels[None]).loss.item()
+        level = sums.setdefault(f"level-{split.ids[row].decode().split('-')[1]}", [0.0, 0.0])
+        tokens = int(split.loss_tokens[row])
+        level[0], level[1] = level[0] + tokens * loss, level[1] + tokens
+    expected = {level: total / tokens for level, (total, tokens) in sums.items()}
+    assert len(expected) > 1
+    assert record["validation_loss_by_domain"] == pytest.approx(expected, rel=1e-4)
+    mean = sum(total for total, _ in sums.values()) / sum(tokens for _, tokens in sums.values())
+    assert record["validation_loss"] == pytest.approx(mean, rel=1e-4)
+
+
 def test_the_study_script(tmp_path: Path) -> None:
     """launch/study.sh fine-tunes a teacher, distils one cell of the shipped study from it, and
     evaluates it on benchmark files.
