@@ -138,6 +138,7 @@ def study(
 
 def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: bool) -> int:
     """Print progress and results; with `watch` repeatedly until all cells are finished."""
+    from pocl_ds.study.page import write_study_page
     from pocl_ds.study.run import is_finished
     from pocl_ds.study.table import progress_lines, result_lines
 
@@ -147,6 +148,8 @@ def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: 
         lines = [*progress_lines(folder, config, cells), "", *result_lines(folder, config, cells)]
         print(clear + "\n".join(lines).rstrip(), flush=True)
         if not watch or all(is_finished(folder, cell) for cell in cells):
+            if page := write_study_page(folder, config, cells):
+                print(f"\nreport   {page}")
             return 0
         time.sleep(REFRESH_SECONDS)
 

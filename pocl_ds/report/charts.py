@@ -45,7 +45,7 @@ def training_charts(summary: RunSummary) -> list[Chart]:
         ("SFT ratio", "accent", "sft_ratio", []),
     ]
     charts = [
-        _line_chart(
+        line_chart(
             "Training loss",
             "loss (nats per token)",
             _series(steps, losses),
@@ -54,7 +54,7 @@ def training_charts(summary: RunSummary) -> list[Chart]:
             "the temperature of the stage.",
             wide=True,
         ),
-        _line_chart(
+        line_chart(
             "Temperature and SFT ratio",
             "value",
             _series(steps, schedules),
@@ -63,6 +63,7 @@ def training_charts(summary: RunSummary) -> list[Chart]:
             note="Both are constant within a stage.",
         ),
         _validation_chart(curves, summary.baseline_curves, bands),
+        _domain_chart(curves, bands),
     ]
     for column, title, label, note in (
         ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
@@ -77,7 +78,7 @@ def training_charts(summary: RunSummary) -> list[Chart]:
         ),
     ):
         series = _series(steps, [(label, "accent", column, [])])
-        charts.append(_line_chart(title, label, series, bands, from_zero=True, note=note))
+        charts.append(line_chart(title, label, series, bands, from_zero=True, note=note))
     charts.append(_step_time_chart(steps, bands))
     return [chart for chart in charts if chart["series"]]
 
@@ -149,14 +150,14 @@ def overlay_charts(runs: Mapping[str, TrainingCurves]) -> list[Chart]:
             for curve in _series(steps, [(name, f"r{i % 8}", column, DASHES[i % 4])])
         ]
         from_zero, wide = column in (*SCHEDULED, "lr"), column == "loss"
-        charts.append(_line_chart(title, label, series, [], from_zero=from_zero, wide=wide))
+        charts.append(line_chart(title, label, series, [], from_zero=from_zero, wide=wide))
     validation = [
         curve
         for i, (name, curves) in enumerate(runs.items())
         for curve in _validation_series(curves, name, f"r{i % 8}", DASHES[i % 4])
     ]
     note = "At temperature 1."
-    charts.insert(1, _line_chart("Validation loss", CROSS_ENTROPY, validation, [], note=note))
+    charts.insert(1, line_chart("Validation loss", CROSS_ENTROPY, validation, [], note=note))
     return [chart for chart in charts if chart["series"]]
 
 
@@ -220,7 +221,7 @@ def _stage_starts(stage: Floats) -> list[int]:
     return [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
 
 
-def _line_chart(
+def line_chart(
     title: str,
     label: str,
     series: list[Chart],
@@ -230,7 +231,7 @@ def _line_chart(
     note: str = "",
     wide: bool = False,
 ) -> Chart:
-    """from_zero: the vertical axis includes 0."""
+    """Curves over optimizer steps. from_zero: the vertical axis includes 0."""
     return {
         "kind": "lines",
         "title": title,
@@ -245,8 +246,8 @@ def _line_chart(
     }
 
 
-def _curve(name: str, color: str, dash: list[int], xs: Floats, ys: Floats, **style: bool) -> Chart:
-    """style: `markers` draws a dot at each point, `stepped` draws horizontal segments."""
+def curve(name: str, color: str, dash: list[int], xs: Floats, ys: Floats, **style: bool) -> Chart:
+    """`markers` draws a dot at each point, `stepped` draws horizontal segments."""
     return {
         "name": name,
         "color": color,
@@ -261,7 +262,7 @@ def _curve(name: str, color: str, dash: list[int], xs: Floats, ys: Floats, **sty
 def _series(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:
     """The curves of those columns that have values."""
     return [
-        _curve(label, color, dash, steps["step"], steps[column], stepped=column in SCHEDULED)
+        curve(label, color, dash, steps["step"], steps[column], stepped=column in SCHEDULED)
         for label, color, column, dash in columns
         if np.isfinite(steps[column]).any()
     ]
@@ -274,7 +275,7 @@ def _step_time_chart(steps: Mapping[str, Floats], bands: Bands) -> Chart:
         for i, column in enumerate(STEP_PARTS)
     ]
     note = "wait is the rest of a step: other ranks, and on a GPU the time without work."
-    return _line_chart(
+    return line_chart(
         "Time of a step", "seconds", _series(steps, columns), bands, from_zero=True, note=note
     )
 
@@ -298,7 +299,26 @@ def _validation_chart(
         "At temperature 1, at the end of each stage and every train.validate_every_n_steps "
         "optimizer steps."
     )
-    return _line_chart("Validation", "nats per token", series, bands, note=note)
+    return line_chart("Validation", "nats per token", series, bands, note=note)
+
+
+def _domain_chart(curves: TrainingCurves, bands: Bands) -> Chart:
+    """The validation loss of each domain."""
+    records = [r for r in curves.validation if "validation_loss_by_domain" in r]
+    steps = np.array([record["step"] for record in records], float)
+    domains = list(records[0]["validation_loss_by_domain"]) if records else []
+    series = [
+        curve(
+            domain,
+            f"r{i % 8}",
+            DASHES[i % 4],
+            steps,
+            np.array([r["validation_loss_by_domain"][domain] for r in records], float),
+            markers=True,
+        )
+        for i, domain in enumerate(domains)
+    ]
+    return line_chart("Validation loss by domain", CROSS_ENTROPY, series, bands)
 
 
 def _validation_series(
@@ -317,7 +337,7 @@ def _validation_series(
     if not points:
         return []
     xs, ys = np.array(points, float).T
-    return [_curve(name, color, dash, xs, ys, markers=True)]
+    return [curve(name, color, dash, xs, ys, markers=True)]
 
 
 def _scatter_chart(ranking: DifficultyRanking, names: list[str]) -> Chart:

@@ -68,6 +68,9 @@ def test_a_study_of_two_arms(study: Path) -> None:
     again = pocl(*words)
     assert "running" not in again.stderr and again.stdout == tables[0]
 
+    page = (folder / "study.html").read_text()
+    assert 'aria-label="effects"' in page and ">test: pocl against kd</text>" in page
+    assert '"title":"level-4"' in page
     # The validation loss of each domain, here the level of a task.
     assert any("forgot level-1" in line for line in tables[0].splitlines())
     assert_losses_by_level(RunDirectory(folder / "kd-seed42"))

@@ -21,7 +21,8 @@ from pocl_ds import __version__
 FOLDERS = ("pocl_ds", "launch", "ds_configs", "slurm")
 # Scripts that make sense only in a checkout.
 NOT_IN_THE_WHEEL = {
-    f"launch/{name}.sh" for name in ("quickstart", "test", "setup", "gpu", "study", "study_gpu")
+    f"launch/{name}.sh"
+    for name in ("quickstart", "test", "setup", "gpu", "study", "study_gpu", "study_tasks")
 } | {"slurm/Dockerfile"}
 
 

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The study `tasks` on this machine's CPU: make models with random weights, train the teacher until it masters the tasks, measure in a
+# pilot which difference the study can show, and run it. After an interruption the same command resumes, and a second shell with the
+# same command (or `pocl study tasks --run-dir runs/tasks/cells`) runs other cells at the same time.
+#
+#   launch/study_tasks.sh [field=value ...]
+#
+# The fields override those of pilot and study.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$here"
+bash launch/setup.sh
+export PATH=$here/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads slow models of this size down
+runs=runs/tasks
+
+if [ ! -d "$runs/models" ]; then
+  python launch/pocl.py pocl_ds.study.scratch_models "$runs/models.partial"
+  mv "$runs/models.partial" "$runs/models"
+fi
+pocl run tasks-teacher --run-dir "$runs/teacher"
+pocl study tasks-pilot --run-dir "$runs/pilot" "$@"
+pocl study tasks --run-dir "$runs/cells" "$@"
