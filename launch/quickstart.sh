@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Distill a small real model on this machine, from a fresh checkout to the report: fine-tune the teacher on the data, then distil it.
-# Arguments go to the second `pocl run`; a second call continues:
+# Distill a small real model on this machine, from a fresh checkout to the report. Arguments go to `pocl run`; a second call continues:
 #   launch/quickstart.sh --baseline train.lr=1e-4
 set -euo pipefail
 
@@ -8,12 +7,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 bash launch/setup.sh --quickstart
 export PATH=$here/.venv/bin:$PATH
-start=$SECONDS teacher=runs/quickstart-teacher
+start=$SECONDS
 
-echo "quickstart: 1/2: fine-tuning the teacher, SmolLM2-135M, on short stories with a question ($teacher)"
-pocl run quickstart-teacher --run-dir "$teacher"
-echo "quickstart: 2/2: distilling it into 20 of its 30 layers, from easy to hard (runs/quickstart)"
-pocl run quickstart --run-dir runs/quickstart "teacher.model=$teacher/export" "student.model=$teacher/export" "$@"
+echo "quickstart: distilling a SmolLM2-135M, fine-tuned on short stories, into 10 of its 30 layers, from easy to hard (runs/quickstart)"
+pocl run quickstart --run-dir runs/quickstart "$@"
 
 cat <<EOF
 

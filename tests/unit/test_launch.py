@@ -784,17 +784,12 @@ def run_script(folder: Path, script: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_quickstart_tunes_the_teacher_first(tmp_path: Path) -> None:
-    """Its arguments go to the distillation, and it ends with the commands to go on with."""
+def test_the_quickstart_is_one_run(tmp_path: Path) -> None:
+    """Its arguments go to the run, and it ends with the commands to go on with."""
     create_checkout(tmp_path, "quickstart.sh", num_gpus=0)
     output = run_script(tmp_path, "quickstart.sh", "--baseline", "train.lr=1")
     commands = [line.partition(" cuda=")[0] for line in output if line.startswith("run ")]
-    folder = "runs/quickstart-teacher"
-    models = f"teacher.model={folder}/export student.model={folder}/export"
-    assert commands == [
-        f"run quickstart-teacher --run-dir {folder}",
-        f"run quickstart --run-dir runs/quickstart {models} --baseline train.lr=1",
-    ]
+    assert commands == ["run quickstart --run-dir runs/quickstart --baseline train.lr=1"]
     assert [line.split()[1] for line in output[-2:]] == ["run", "submit"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pocl_ds.config.ds_config import resolve_student, resolve_teacher
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, LOSSES
+from pocl_ds.models.model_paths import base_of_adapter, is_adapter, local_path
 from pocl_ds.resources import RECIPES, shipped_names
 
 NAMES = shipped_names(RECIPES)
@@ -22,7 +24,11 @@ REQUIRED = {
     "tinyllama-1gpu",
     "teacher-sft",
 }
-MEASURED = {"smollm2-teacher", "smollm2-study"}
+MEASURED = {
+    *("quickstart", "quickstart-teacher"),
+    *("smollm2-teacher", "smollm2-study"),
+    *("tasks-teacher", "tasks-study"),
+}
 
 
 def test_the_required_recipes_are_shipped() -> None:
@@ -99,3 +105,19 @@ def test_every_registered_loss_has_a_function() -> None:
         value = losses.divergence(name, logits, logits.clone(), reduction="none", **LOSSES[name])
         assert value.shape == (2,)
         assert value.abs().max() < 1e-6
+
+
+def test_the_teacher_of_the_quickstart_is_shipped() -> None:
+    """Its adapter is the one that the recipe quickstart-teacher trains."""
+    recipe, made_by = load_recipe("quickstart"), load_recipe("quickstart-teacher")
+    assert recipe.teacher and made_by.student.lora
+    assert recipe.teacher.model == recipe.student.model
+    folder = local_path(recipe.teacher.model)
+    assert is_adapter(folder) and base_of_adapter(folder) == (made_by.student.model, None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (
+        made_by.student.lora.r,
+        made_by.student.lora.alpha,
+    )
+    assert {*config["target_modules"]} == {*made_by.student.lora.target_modules}
+    assert recipe.prompt == made_by.prompt
