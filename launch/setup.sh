@@ -237,7 +237,7 @@ except RuntimeError as error:
 extras=$stack
 for group in "${missing_groups[@]}"; do
   case $group in
-    dev) extras+=,dev,docs,lora,trl ;;
+    dev) extras+=,dev,docs,harness,lora,trl ;;
     quickstart) extras+=,quickstart ;;
   esac
 done

@@ -287,6 +287,7 @@ def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> in
 
 def show_results(run: RunDirectory) -> None:
     """Print the table of results, what they mean, and the paths of student and report."""
+    from pocl_ds.evaluation.harness_results import harness_lines
     from pocl_ds.evaluation.outcome import outcome_lines
     from pocl_ds.evaluation.tables import table_rows
     from pocl_ds.metrics.footnotes import footnotes
@@ -295,7 +296,7 @@ def show_results(run: RunDirectory) -> None:
     results = read_json(run.evaluation / "results.json")
     print()
     print_table(table_rows(results), numbers=True)
-    for lines in (footnotes(results), outcome_lines(run, results)):
+    for lines in (footnotes(results), outcome_lines(run, results), harness_lines(run, results)):
         if lines:
             print("\n".join(["", *lines]))
     print(f"\nstudent  {run.export}\nreport   {run.report / 'report.html'}")

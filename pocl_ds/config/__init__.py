@@ -14,7 +14,12 @@ from pocl_ds.config.baseline import BaselineConfig
 from pocl_ds.config.curriculum import CurriculumConfig, RescoringConfig, SampleWeightsConfig
 from pocl_ds.config.data import DataConfig, DocumentationConfig
 from pocl_ds.config.endpoint import TeacherEndpointConfig
-from pocl_ds.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig
+from pocl_ds.config.evaluation import (
+    BenchmarkConfig,
+    EvaluateConfig,
+    HarnessConfig,
+    JudgeConfig,
+)
 from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.generation import GenerationConfig
 from pocl_ds.config.launch import LaunchConfig
@@ -49,6 +54,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GenerationConfig",
+    "HarnessConfig",
     "Int",
     "JudgeConfig",
     "LaunchConfig",

@@ -1,4 +1,4 @@
-"""Section `evaluate`: benchmarks, judge and held-out loss."""
+"""Section `evaluate`: benchmarks, standard tasks, judge and held-out loss."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pocl_ds.config.base import (
     TOP_P_DESCRIPTION,
     Int,
     ModelName,
+    NonNegative,
     NonNegativeFloat,
     Positive,
     RecordFields,
@@ -90,6 +91,32 @@ class JudgeConfig(ClientConfig):
     )
 
 
+class HarnessConfig(Section):
+    """Tasks of lm-evaluation-harness, which needs the package lm_eval."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(split_names), Field(min_length=1)] = Field(
+        description="Names of tasks or groups, as in `gsm8k,ifeval`."
+    )
+    num_fewshot: NonNegative | None = Field(
+        None, description="Examples in each prompt; `null` for each task's own number."
+    )
+    max_samples: Positive | None = Field(
+        None, description="First so many documents of each task; `null` for all."
+    )
+    apply_chat_template: bool = Field(
+        False, description="Ask in the model's chat template, as models tuned for chats need it."
+    )
+    include_path: str | None = Field(
+        None, description="Folder with task files (.yaml) of your own."
+    )
+
+
+def _parse_harness(value: Any) -> Any:
+    """A list of tasks in place of the section."""
+    value = split_names(value) if isinstance(value, str) else value
+    return {"tasks": value} if isinstance(value, (list, tuple)) else value
+
+
 def _parse_benchmarks(value: Any) -> Any:
     """Benchmarks as a table of sections, from a list of names (`[dolly, vicuna]`, `dolly,vicuna`)
     or a table of names with sources.
@@ -128,6 +155,10 @@ class EvaluateConfig(Section):
     )
     judge: JudgeConfig | None = Field(
         None, description="A language model that also grades the answers; `null` for none."
+    )
+    harness: Annotated[HarnessConfig | None, BeforeValidator(_parse_harness)] = Field(
+        None,
+        description="Tasks of lm-evaluation-harness for every model: a list of names or a section.",
     )
     models: tuple[ModelName, ...] = Field(
         ("teacher", "initial", "student"),

@@ -39,6 +39,7 @@ from pocl_ds.evaluation.benchmarks import (
     external_benchmarks,
 )
 from pocl_ds.evaluation.evaluated_models import model_identity
+from pocl_ds.evaluation.harness_results import harness_file, read_harness_results
 from pocl_ds.evaluation.judge import summarize_verdicts, verdicts_file
 from pocl_ds.evaluation.rouge_tokenizers import benchmark_rouge_tokenizers, tokenizer_footnote
 from pocl_ds.generation.backends import open_generator
@@ -233,6 +234,8 @@ def summarize_results(
 def _parts(run: RunDirectory, config: EvaluateConfig, models: Sequence[str]) -> list[Path]:
     """The files from which the results are summarized. The step is unfinished without them."""
     parts = [run.evaluation / HELD_OUT_LOSS] if config.held_out_loss else []
+    if config.harness:
+        parts += [harness_file(run, model) for model in models]
     for model, benchmark, seed in itertools.product(models, config.benchmarks, config.seeds):
         parts.append(answers_file(run, model, benchmark, seed))
         if config.judge:
@@ -266,6 +269,9 @@ def _model_results(
             numbers["seen_in_training"] = seen_counts[name]
         entry["benchmarks"][name] = numbers
         seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
+    harness = read_harness_results(run, model) if config.harness else {}
+    if harness:
+        entry["harness"] = {task: result["means"] for task, result in harness.items()}
     return entry, seconds
 
 

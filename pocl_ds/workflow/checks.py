@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from pocl_ds.config import Recipe, ds_config
 from pocl_ds.curriculum.plan_step import plan_from_config
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.runtime.process_exit import rank_and_world_size
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -36,6 +38,15 @@ def check_ds_configs(recipe: Recipe) -> None:
             dtype=recipe.teacher.dtype,
             ranks=recipe.teacher_ranks or ranks,
             micro_batch_size=recipe.train.micro_batch_size,
+        )
+
+
+def check_harness(recipe: Recipe) -> None:
+    """Raise ResourceError if `evaluate.harness` is set and lm_eval is not installed."""
+    if recipe.evaluate.harness and importlib.util.find_spec("lm_eval") is None:
+        raise ResourceError(
+            "evaluate.harness needs the package lm_eval, which is not installed: pip install "
+            "'pocl_ds[harness]'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the workflow step `evaluate` runs: answers, held-out loss, judge, and the table of results.
+"""What the workflow step `evaluate` runs: answers, standard tasks, held-out loss, judge, results.
 
 Imports of libraries are inside the functions, as in `step_functions`.
 """
@@ -34,13 +34,17 @@ def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
 
 def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
     """Generate one model's answers; or, without `request.model`, those of all models that no other
-    process generates, measure the held-out loss, run the judge, and write the results.
+    process generates, run the standard tasks, measure the held-out loss, run the judge, and write
+    the results.
     """
     from pocl_ds.evaluation.benchmarks import skip_empty_test_split
     from pocl_ds.evaluation.evaluate import RESULTS, summarize_results
     from pocl_ds.evaluation.evaluated_models import model_path
+    from pocl_ds.evaluation.harness import run_harness
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
+    from pocl_ds.workflow.input_digests import harness_file_digests
+    from pocl_ds.workflow.processes import run_process
 
     models = evaluated_models(recipe)
     # A message of each model's process would repeat that of the last one.
@@ -59,11 +63,20 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
             _generate_answers(recipe, run, config, model, shard, trust=model in trusted)
     if request.model:
         return
+    paths = {name: model_path(run, name) for name in _models_with_weights(recipe, models)}
+    run_harness(
+        run,
+        config,
+        paths,
+        run_process,
+        task_files=harness_file_digests(config.harness),
+        trusted=trusted,
+    )
     measure_held_out_loss(
         run,
         config,
         recipe.prompt,
-        {name: model_path(run, name) for name in _models_with_weights(recipe, models)},
+        paths,
         teacher=recipe.teacher,
         teacher_template=recipe.teacher_template,
         special_tokens_in_text=recipe.data.special_tokens_in_text,
@@ -87,7 +100,7 @@ def _models_with_weights(recipe: Recipe, models: list[str]) -> list[str]:
         return models
     log.info(
         "the teacher runs at teacher.endpoint: only the students' loss is measured, without a KL "
-        "to the teacher"
+        "to the teacher, and only the students run the tasks of evaluate.harness"
     )
     return [model for model in models if model != "teacher"]
 

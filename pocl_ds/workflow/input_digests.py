@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pocl_ds.config import ModelSource, Recipe
+from pocl_ds.config import HarnessConfig, ModelSource, Recipe
 from pocl_ds.config.data import HELD_OUT_SPLITS
 from pocl_ds.data.source_files import local_files
 from pocl_ds.errors import ModelError
@@ -104,6 +104,15 @@ def benchmark_files(recipe: Recipe) -> Digests:
     paths = [path for source in own for path in local_files(source)]
     paths += local_benchmark_files(recipe.evaluate)
     return {str(path): content_digest(path) for path in paths}
+
+
+def harness_file_digests(harness: HarnessConfig | None) -> list[Any]:
+    """Digests of the task files of evaluate.harness.include_path."""
+    if harness is None or harness.include_path is None:
+        return []
+    folder = Path(os.path.expanduser(harness.include_path))
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".py"))
+    return [content_digest(path) for path in paths]
 
 
 def judge_template_file(recipe: Recipe) -> Digests:

@@ -15,7 +15,7 @@ from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.metrics import check_wandb
-from pocl_ds.workflow.checks import check_ds_configs, check_most_samples
+from pocl_ds.workflow.checks import check_ds_configs, check_harness, check_most_samples
 from pocl_ds.workflow.files import (
     atomic_write,
     explain_disk_errors,
@@ -115,8 +115,11 @@ def check_recipe_fits(run: RunDirectory, recipe: Recipe) -> None:
     if run.recipe.is_file():
         _check_finished_steps(run, recipe)
     check_is_run_directory(run)
-    if recipe.train.tracking.wandb and not finished_steps(run, recipe)["train"]:
+    finished = finished_steps(run, recipe)
+    if recipe.train.tracking.wandb and not finished["train"]:
         check_wandb()
+    if not finished["evaluate"]:
+        check_harness(recipe)
 
 
 def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:

@@ -199,6 +199,7 @@ def evaluate_inputs(recipe: Recipe) -> list[Any]:
         evaluated_models(recipe),
         list(input_digests.benchmark_files(recipe).values()),
         list(input_digests.judge_template_file(recipe).values()),
+        input_digests.harness_file_digests(recipe.evaluate.harness),
     ]
 
 

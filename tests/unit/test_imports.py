@@ -56,6 +56,7 @@ ONE_FILE = {
     "deepspeed": ("engines/deepspeed_engine.py", "compat/deepspeed_private.py"),
     "vllm": ("generation/vllm_engine.py", "compat/vllm_private.py"),
     "peft": ("models/lora.py",),
+    "lm_eval": ("evaluation/harness.py",),
 }
 HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets", "peft")
 
