@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pocl_ds.cluster.fetch import data_sections
 from pocl_ds.cluster.profile import ContainerConfig, Profile
+from pocl_ds.cluster.recipe_inputs import data_sections, named_files
 from pocl_ds.config import Recipe
 from pocl_ds.data.source_files import local_files
 from pocl_ds.errors import RecipeError
@@ -77,15 +77,3 @@ def _needed_paths(
         yield "HF_HOME", Path(variables.get("HF_HOME") or "~/.cache/huggingface")
     if profile.scratch:
         yield "the profile's scratch", Path(profile.scratch.partition("$")[0].rstrip("/") or "/")
-
-
-def named_files(recipe: Recipe) -> dict[str, str]:
-    """Files and folders besides models and data that a recipe names, by field."""
-    judge = recipe.evaluate.judge
-    files = {
-        "prompt.template": recipe.prompt.template if "/" in recipe.prompt.template else None,
-        "evaluate.judge.prompt_template": judge.prompt_template if judge else None,
-        "evaluate.benchmark_dir": recipe.evaluate.benchmark_dir,
-        "ranking.scores": recipe.ranking.scores,
-    }
-    return {field: name for field, name in files.items() if name is not None}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.cluster.recipe_inputs import data_sections
 from pocl_ds.config import ModelSource, Recipe
-from pocl_ds.config.data import BUILT_IN_SOURCES, HELD_OUT_SPLITS, SourceConfig
+from pocl_ds.config.data import SourceConfig
 from pocl_ds.data.source_files import source_files
 from pocl_ds.data.sources import read_source_records
 from pocl_ds.errors import DataError
@@ -46,22 +47,6 @@ def fetch_inputs(recipe: Recipe) -> Iterator[FetchedInput]:
         yield FetchedInput(field, source.label, path, _size(Path(path)))
     yield from _fetch_data(recipe)
     yield from _fetch_benchmarks(recipe)
-
-
-def data_sections(recipe: Recipe) -> dict[str, SourceConfig]:
-    """The sources that the data are read from, by their field."""
-    data = recipe.data
-    sections: dict[str, SourceConfig] = {}
-    for split in HELD_OUT_SPLITS:
-        if section := data.held_out_source(split):
-            sections[f"data.{split}"] = section
-    for number, source in enumerate(data.training_sources):
-        sections[f"data.sources[{number}]" if data.sources else "data.source"] = source
-    return {
-        field: section
-        for field, section in sections.items()
-        if section.source not in BUILT_IN_SOURCES
-    }
 
 
 def _fetch_data(recipe: Recipe) -> Iterator[FetchedInput]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.container_checks import check_container, named_files
-from pocl_ds.cluster.fetch import data_sections
+from pocl_ds.cluster.container_checks import check_container
 from pocl_ds.cluster.job_graph import JobSpec
 from pocl_ds.cluster.job_options import UNLIMITED, job_limits, parse_memory, parse_time
 from pocl_ds.cluster.profile import JobLimits
+from pocl_ds.cluster.recipe_inputs import data_sections, named_files
 from pocl_ds.cluster.submit import Submission
 from pocl_ds.config import Recipe
 from pocl_ds.data.source_files import source_files

@@ -18,18 +18,27 @@ from torch.utils.checkpoint import checkpoint
 from pocl_ds.errors import ModelError
 
 
+def dense_mlps(layers: list[Any], tokens: int) -> list[Any]:
+    """The MLP of each decoder layer. tokens: of a tile, for the error.
+
+    Raises ModelError for layers without a dense MLP, as those of OPT and of experts.
+    """
+    mlps = [getattr(layer, "mlp", None) for layer in layers]
+    if any(mlp is None or hasattr(mlp, "experts") for mlp in mlps):
+        raise ModelError(
+            f"train.mlp_tile_tokens={tokens}: a {type(layers[0]).__name__} has no dense MLP of its "
+            "own: set it to null"
+        )
+    return mlps
+
+
 def tile_mlps(layers: list[Any], tokens: int) -> list[nn.Module]:
     """Tile the MLPs of decoder layers in place, and return them.
 
-    tokens: of a tile, at most. Raises ModelError for layers without a dense MLP.
+    tokens: of a tile, at most. Raises as `dense_mlps`.
     """
-    mlps: list[Any] = [getattr(layer, "mlp", None) for layer in layers]
+    mlps = dense_mlps(layers, tokens)
     for mlp in mlps:
-        if mlp is None or hasattr(mlp, "experts"):
-            raise ModelError(
-                f"train.mlp_tile_tokens={tokens}: a {type(layers[0]).__name__} has no dense MLP of "
-                "its own: set it to null"
-            )
         mlp.forward = functools.partial(_forward_tiles, mlp.forward, tokens)
     return mlps
 

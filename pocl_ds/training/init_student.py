@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.config import LossConfig, ModelConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.attention import check_attention
+from pocl_ds.models.cost import decoder_layers
 from pocl_ds.models.heads import check_family
 from pocl_ds.models.load import empty_model, load_tokenizer, resolve_pinned_model
 from pocl_ds.models.lora import check_adapters
+from pocl_ds.models.mlp_tiles import dense_mlps
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
 from pocl_ds.models.quiet import quiet
@@ -61,7 +63,7 @@ def init_student(
     sources = teacher.sources if teacher else ()
     teacher_paths = tuple(resolve_pinned_model(source) for source in sources)
     student_path = resolve_pinned_model(student)
-    _check_models(teacher, teacher_paths, student, student_path, loss)
+    _check_models(teacher, teacher_paths, student, student_path, loss, train)
     info: dict[str, Any] = {}
     if student.prune:
         pruned = run.models / "pruned"
@@ -93,20 +95,24 @@ def _check_models(
     student: StudentConfig,
     student_path: str,
     loss: LossConfig,
+    train: TrainConfig,
 ) -> None:
-    """Check quantization, heads and attention. Only configurations are read."""
+    """Check quantization, heads, attention and MLPs. Only configurations are read."""
     student_config = read_model_config(student_path, student)
     check_student_is_not_quantized(student, student_config)
     # The attention and configuration of every model that runs in training.
-    trained: list[tuple[str, Any]] = [(student.attn_implementation, student_config)]
+    trained: list[tuple[ModelConfig, Any]] = [(student, student_config)]
     if teacher:
         for path, source in zip(teacher_paths, teacher.sources, strict=True):
             config = read_model_config(path, source)
             check_quantized_teacher(teacher, config)
             if loss.name != "sft":
-                trained.append((teacher.attn_implementation, config))
-    for attention, config in trained:
-        check_attention(attention, config)
+                trained.append((teacher, config))
+    for model, config in trained:
+        check_attention(model.attn_implementation, config)
+        if train.mlp_tile_tokens:
+            empty = empty_model(config, trust_remote_code=model.trust_remote_code)
+            dense_mlps(decoder_layers(empty), train.mlp_tile_tokens)
         if loss.fused:
             check_family(config.model_type)
 

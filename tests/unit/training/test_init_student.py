@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from huggingface_hub import constants
 
-from pocl_ds.config import LossConfig, Recipe, StudentConfig, TrainConfig
+from pocl_ds.config import LossConfig, Recipe, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, resolve_pinned_model
 from pocl_ds.teachers import cache_step
@@ -124,3 +124,21 @@ def test_a_branch_that_moves_during_a_run_does_not_change_the_models(
             ),
             run,
         )
+
+
+def test_mlps_that_cannot_be_tiled_are_refused_before_a_model_is_loaded(
+    tiny_opt: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the student's, and as the teacher's."""
+    monkeypatch.setattr("pocl_ds.training.init_student.load_recipe_model", None)
+    for student, teacher in ((tiny_opt, tiny_llama), (tiny_llama, tiny_opt)):
+        with pytest.raises(ModelError, match="OPTDecoderLayer has no dense MLP of its own"):
+            init_student(
+                RunDirectory(tmp_path / "run"),
+                student=StudentConfig(model=str(student)),
+                teacher=TeacherConfig(model=str(teacher)),
+                train=TrainConfig(mlp_tile_tokens=64),
+                loss=LossConfig(name="fkl"),
+                seed=0,
+                fingerprint="f",
+            )
