@@ -5,9 +5,9 @@
     Anna has 3 and Ben has 8. How many has Ben?          8
     a = 4; b = a + 2; c = b. What is c?                  6
 
-Nine families with four levels each, in several wordings. A model of a million weights masters them
-after some minutes of training from scratch on CPUs, so that studies with many trainings can be
-made with a teacher that knows its task, and an answer is right or wrong (`pocl study tasks`).
+Nine families with four levels each, in several wordings. Numbers of a list have one digit, so that
+a model of a million weights learns the tasks from scratch on a CPU. Studies with many trainings can
+then have a teacher that knows its task, and an answer is right or wrong (`pocl study tasks`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _sum(source: random.Random, level: int) -> Task:
 
 
 def _largest(source: random.Random, level: int) -> Task:
-    numbers = source.sample(range(100), level + 1)
+    numbers = source.sample(range(10), level + 1)
     choose, word = source.choice(((max, "largest"), (min, "smallest")))
     wording = source.choice(
         ("What is the {1} number of {0}?", "Find the {1}: {0}", "Which of {0} is the {1}?")
@@ -67,7 +67,7 @@ def _largest(source: random.Random, level: int) -> Task:
 
 
 def _sort(source: random.Random, level: int) -> Task:
-    numbers = source.sample(range(30), level + 1)
+    numbers = source.sample(range(10), level + 1)
     wording = source.choice(
         ("Sort these numbers from small to large: {}", "Sort {}.", "Put {} in ascending order.")
     )

@@ -141,7 +141,11 @@ def _answer_record(
         opens = open_thought(prompt_text) is not None
         compared, has_end = answer_of(response, prompt_opens_thought=opens)
         references = [answer_of(text, prompt_opens_thought=False)[0] for text in references]
-        thought = {"unfinished_thought": not has_end}
+        thought = {
+            "unfinished_thought": not has_end,
+            "answer": compared,
+            "reference_answers": references,
+        }
     return {
         "id": sample.id,
         **({"source": sample.source} if sample.source else {}),

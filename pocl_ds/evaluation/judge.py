@@ -270,19 +270,20 @@ class _Judge:
         """
         text = f"{self.config.model} {self.config.mode} {self.digest[:12]}"
         if self.config.mode == "pairwise":
-            answers = fingerprint([[key, opponents[key]["response"]] for key in sorted(opponents)])
+            answers = fingerprint([[key, _judged(opponents[key])] for key in sorted(opponents)])
             text += f" against {self.config.opponent} {answers[:12]}"
         return text
 
     def _questions(self, record: dict[str, Any], opponent: dict[str, Any] | None) -> list[str]:
         """The judge's questions about an item: one, or one for each order of a pair."""
         question = "\n\n".join(filter(None, (record["instruction"], record["input"])))
-        fields = {"question": question, "reference": "\n[or]\n".join(record["references"])}
+        references = record.get("reference_answers", record["references"])
+        fields = {"question": question, "reference": "\n[or]\n".join(references)}
         try:
             with limited_rendering():
                 if opponent is None:
-                    return [self.template.render(**fields, answer=record["response"])]
-                responses = record["response"], opponent["response"]
+                    return [self.template.render(**fields, answer=_judged(record))]
+                responses = _judged(record), _judged(opponent)
                 return [
                     self.template.render(**fields, first=first, second=second)
                     for first, second in (responses, responses[::-1])
@@ -373,6 +374,11 @@ def _run_concurrently(work: Callable[[str], None], items: list[str], workers: in
             future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _judged(record: dict[str, Any]) -> str:
+    """What the judge reads of an answer: without its thought, with `evaluate.span: answer`."""
+    return str(record.get("answer", record["response"]))
 
 
 def _read_partial(path: Path) -> dict[str, dict[str, Any]]:

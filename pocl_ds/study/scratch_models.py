@@ -19,23 +19,23 @@ import torch
 
 from pocl_ds.data.tasks import generate_tasks
 
-VOCABULARY, MAX_POSITIONS = 400, 128
+VOCABULARY, MAX_POSITIONS, HEAD = 400, 128, 32
 END, PADDING = "<|endoftext|>", "<|pad|>"
 TOKENIZER_SAMPLES = 4000
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a LLaMA model whose heads have 16 columns and whose embeddings are tied."""
+    """Sizes of a LLaMA model whose heads have HEAD columns and whose embeddings are tied."""
 
     hidden: int
     layers: int
 
 
 SHAPES = {
-    "teacher": Shape(128, 4),
-    "student-quarter": Shape(64, 4),
-    "student-tenth": Shape(48, 3),
+    "teacher": Shape(128, 6),
+    "student-quarter": Shape(64, 6),
+    "student-tenth": Shape(64, 2),
     "student-thirtieth": Shape(32, 2),
 }
 
@@ -69,7 +69,7 @@ def make_model(shape: Shape, vocabulary: int, *, end_id: int, seed: int) -> Any:
     """A LLaMA of this shape with random weights in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    heads = shape.hidden // 16
+    heads = shape.hidden // HEAD
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=shape.hidden,

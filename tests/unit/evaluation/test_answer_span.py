@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.config import EvaluateConfig
+from pocl_ds.config import EvaluateConfig, JudgeConfig
 from pocl_ds.data.conversation import Sample
 from pocl_ds.evaluation.answer_writer import AnswerWriter
 from pocl_ds.evaluation.answers import summarize_answers
 from pocl_ds.evaluation.evaluate import _footnotes
+from pocl_ds.evaluation.judge import _Judge
 from pocl_ds.workflow.manifest import Manifest, read_manifest
 
 RESPONSES = [
@@ -69,6 +70,14 @@ def test_answers_alone_are_compared_and_unfinished_thoughts_counted(
     assert [record["rouge_l"] for record in records] == [1.0, 0.0, pytest.approx(0.4), 1.0]
     assert [record["unfinished_thought"] for record in records] == [False, True, False, False]
     assert [record["response"] for record in records] == RESPONSES  # complete on disk
+    # A judge reads the answers alone.
+    judge = _Judge(JudgeConfig(base_url="http://localhost:1", model="m"))
+    questions = [judge._questions(record, None)[0] for record in records]
+    assert "Paris" in questions[0]
+    assert not any(thought in questions[0] for thought in ("one of two", "I know it"))
+    judge = _Judge(JudgeConfig(base_url="http://localhost:1", model="m", mode="pairwise"))
+    pair = judge._questions(records[0], records[1])
+    assert len(pair) == 2 and not any("never come" in question for question in pair)
     assert warnings == [
         "benchmark cities, student: 1 of 4 responses do not end their thought within "
         "evaluate.max_new_tokens=256 and have no answer: raise it"
