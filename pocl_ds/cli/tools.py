@@ -119,8 +119,17 @@ def study(
     nodes: Annotated[
         int | None, typer.Option(help="Train on this many nodes; needs --profile.")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Estimate the hours on this GPU, for example h100-80g. Default: the GPU of the "
+            "profile, or of this machine.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
-    """Run a grid of recipes that share intermediate results."""
+    """Run a grid of recipes that share intermediate results; print first what it costs."""
     from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.study.cells import expand_cells, load_study
     from pocl_ds.study.run import is_finished, run_cells
@@ -129,11 +138,25 @@ def study(
     config = load_study(source)
     cells = expand_cells(config, tuple(overrides or ()))
     folder = run_dir or Path("runs") / config.name
-    if profile and not dry_run and not all(is_finished(folder, cell) for cell in cells):
+    unfinished = not all(is_finished(folder, cell) for cell in cells)
+    if dry_run or (unfinished and not (table or watch)):
+        _print_cost(cells, gpu, profile, nodes)
+    if profile and not dry_run and unfinished:
         return _submit(folder, cells, profile, nodes)
     if not (dry_run or table or watch or profile):
         run_cells(folder, cells)
     return _show_study(folder, config, cells, watch=watch)
+
+
+def _print_cost(
+    cells: list[Cell], gpu: str | None, profile_name: str | None, nodes: int | None
+) -> None:
+    """Print the runs, steps and estimated hours of a study."""
+    from pocl_ds.cluster.profile import load_profile
+    from pocl_ds.study.cost import GpuOptions, cost_lines
+
+    profile = load_profile(profile_name) if profile_name else None
+    print("\n".join([*cost_lines(cells, GpuOptions(gpu, profile, nodes)), ""]), flush=True)
 
 
 def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: bool) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pocl_ds.cluster.estimate_evaluation import num_answers, unknown_benchmarks
 from pocl_ds.cluster.recipe_estimate import Estimate
 from pocl_ds.config import Recipe
 from pocl_ds.models import estimate
@@ -20,6 +21,7 @@ from pocl_ds.models.memory import (
     scoring_memory,
 )
 from pocl_ds.runtime.formatting import format_size
+from pocl_ds.workflow.step_inputs import evaluated_models
 
 
 def estimate_lines(sizes: Estimate) -> tuple[list[str], TrainingSetup | None]:
@@ -147,13 +149,15 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     ]
 
     # Hours of the steps of a run, and of plain trainings.
-    rows = [(t.name, t.seconds, _time_note(sizes, t)) for t in _step_times(sizes, setup)]
+    rows = [(t.name, t.seconds, _time_note(sizes, t)) for t in sizes.step_times(setup)]
     rows.append(("POCL in total", sum(seconds for _, seconds, _ in rows), ""))
     for name, plain in _plain_setups(setup, sizes.teacher):
-        times = _step_times(sizes, plain)
+        times = sizes.step_times(plain)
         plain_times = [t for t in times if t.name not in ("score", estimate.RESCORING)]
         seconds = sum(time.seconds for time in plain_times)
         rows.append((name, seconds, "as many sample visits, no scoring"))
+    seconds = sum(time.seconds for time in sizes.evaluation_times())
+    rows.append(("evaluate", seconds, _evaluation_note(sizes)))
     lines += [
         f"  {name:<24}{hours:>8.2f}{hours * layout.ranks:>11.1f}   {note}".rstrip()
         for name, hours, note in ((name, seconds / 3600, note) for name, seconds, note in rows)
@@ -202,21 +206,13 @@ def _time_note(sizes: Estimate, time: estimate.StepTime) -> str:
     )
 
 
-def _step_times(sizes: Estimate, setup: TrainingSetup) -> list[estimate.StepTime]:
-    """Seconds of each workflow step that takes long."""
-    assumptions, score = sizes.assumptions, sizes.recipe.score
-    return estimate.step_times(
-        sizes.student,
-        sizes.teacher,
-        setup,
-        sizes.work,
-        assumptions.layout,
-        assumptions.device,
-        utilization=assumptions.utilization,
-        max_new_tokens=score.max_new_tokens,
-        sequences=score.generation.max_num_seqs,
-        cached_shares=sizes.cached_shares,
-    )
+def _evaluation_note(sizes: Estimate) -> str:
+    """What is evaluated, and what is not counted."""
+    answers, models = num_answers(sizes.recipe, sizes.samples), evaluated_models(sizes.recipe)
+    note = f"{answers} answers by {', '.join(models)}, not in the rows above"
+    if unknown := unknown_benchmarks(sizes.recipe, sizes.samples):
+        note += f"; without {', '.join(unknown)}"
+    return note
 
 
 def _plain_setups(

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pocl_ds.cluster.estimate_evaluation import num_answers
 from pocl_ds.cluster.estimate_teachers import cached_shares, other_teachers
 from pocl_ds.config import ModelSource, Recipe, StudentConfig
 from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
@@ -24,7 +25,16 @@ from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape, parameter_bytes
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.estimate import GPUS, ClusterLayout, Device, TrainingWork
+from pocl_ds.models.estimate import (
+    GPUS,
+    ClusterLayout,
+    Device,
+    GenerationWork,
+    StepTime,
+    TrainingWork,
+    generation_time,
+    step_times,
+)
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.memory import (
     TrainingSetup,
@@ -35,7 +45,7 @@ from pocl_ds.models.memory import (
 from pocl_ds.models.prune import parse_layers, prune_config
 from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.teachers.codecs import build_codec
-from pocl_ds.workflow.step_inputs import teacher_temperatures
+from pocl_ds.workflow.step_inputs import evaluated_models, teacher_temperatures
 
 # Means of the paper's 11,435 instruction samples, in tokens of GPT-2.
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 11_435, 122.0, 35.0
@@ -192,7 +202,9 @@ class Estimate:
 
     def activations(self, lengths: Sequence[int], checkpointing: bool) -> float:
         """Bytes that a micro-batch of these lengths keeps for its backward pass."""
-        (short, short_bytes), (long, long_bytes) = self._measured_activations[checkpointing]
+        (short, short_bytes), (long, long_bytes) = _measure_activations(
+            self.recipe.student.model_dump_json(), self.recipe.train.mlp_tile_tokens is not None
+        )[checkpointing]
         bytes_per_token = (long_bytes - short_bytes) / (long - short)
         return short_bytes + bytes_per_token * (sum(lengths) - short)
 
@@ -200,28 +212,6 @@ class Estimate:
         """Bytes that a rank keeps for its backward pass, if all samples have the maximum length."""
         tokens = self.work.max_length * setup.micro_batch_size / setup.sequence_parallel_size
         return self.activations([round(tokens)], setup.checkpointing)
-
-    @cached_property
-    def _measured_activations(self) -> dict[bool, list[tuple[int, int]]]:
-        """With and without checkpointing: (length, bytes) at both measured lengths."""
-        student = self.recipe.student
-
-        def measure(length: int, checkpointing: bool) -> int:
-            return activation_bytes(
-                self.student_config,
-                [length],
-                dtype=getattr(torch, resolve_dtype(student.dtype, torch.device("cuda"))),
-                attention=student.attn_implementation,
-                checkpointing=checkpointing,
-                dropout=student.dropout,
-                lora=student.lora,
-                mlp_tile_tokens=MEASURED_TILE if self.recipe.train.mlp_tile_tokens else None,
-            )
-
-        return {
-            checkpointing: [(length, measure(length, checkpointing)) for length in MEASURED_LENGTHS]
-            for checkpointing in (False, True)
-        }
 
     def memory(self, setup: TrainingSetup) -> dict[str, float]:
         """Bytes of one rank by their use, if all samples have the maximum length."""
@@ -287,6 +277,72 @@ class Estimate:
             self.work.batch_size,
             groups,
         )
+
+    def step_times(self, setup: TrainingSetup) -> list[StepTime]:
+        """Seconds of the steps up to the training that take long."""
+        assumptions, score = self.assumptions, self.recipe.score
+        return step_times(
+            self.student,
+            self.teacher,
+            setup,
+            self.work,
+            assumptions.layout,
+            assumptions.device,
+            utilization=assumptions.utilization,
+            max_new_tokens=score.max_new_tokens,
+            sequences=score.generation.max_num_seqs,
+            cached_shares=self.cached_shares,
+        )
+
+    def evaluation_times(self) -> list[StepTime]:
+        """Seconds of each model's answers to the benchmarks whose size is known."""
+        assumptions, evaluate = self.assumptions, self.recipe.evaluate
+        work = GenerationWork(
+            num_answers(self.recipe, self.samples),
+            assumptions.prompt_tokens,
+            evaluate.max_new_tokens,
+            evaluate.generation.max_num_seqs,
+        )
+        return [
+            generation_time(
+                "evaluate",
+                self.teacher if name == "teacher" and self.teacher else self.student,
+                work,
+                assumptions.layout,
+                assumptions.device,
+                assumptions.device.flops * assumptions.utilization,
+            )
+            for name in evaluated_models(self.recipe)
+        ]
+
+
+@cache
+def _measure_activations(student: str, tiles_mlp: bool) -> dict[bool, list[tuple[int, int]]]:
+    """With and without checkpointing: (length, bytes) at both measured lengths. Measuring takes a
+    second, and the runs of a study have the same student.
+
+    student: the section as JSON.
+    """
+    config = StudentConfig.model_validate_json(student)
+    dtype = getattr(torch, resolve_dtype(config.dtype, torch.device("cuda")))
+    model_config = _model_config(config)
+
+    def measure(length: int, checkpointing: bool) -> int:
+        return activation_bytes(
+            model_config,
+            [length],
+            dtype=dtype,
+            attention=config.attn_implementation,
+            checkpointing=checkpointing,
+            dropout=config.dropout,
+            lora=config.lora,
+            mlp_tile_tokens=MEASURED_TILE if tiles_mlp else None,
+        )
+
+    return {
+        checkpointing: [(length, measure(length, checkpointing)) for length in MEASURED_LENGTHS]
+        for checkpointing in (False, True)
+    }
 
 
 def _model_config(model: ModelSource) -> Any:

@@ -6,6 +6,7 @@ takes longer. Generation is bound by reading weights and the cache of keys and v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.models.cost import ModelShape, kv_cache_bytes, parameter_bytes
 from pocl_ds.models.memory import LIVE_PARAMETERS, TrainingSetup
-from pocl_ds.models.peak_flops import PEAK_FLOPS
+from pocl_ds.models.peak_flops import PEAK_FLOPS, peak_flops
 
 RESCORING = "rescoring"  # the name of its StepTime; it is a part of the step train
 
@@ -45,6 +46,26 @@ GPUS = {
         Device("rtx4090-24g", 24e9, PEAK_FLOPS["RTX 4090"], 1.0e12, 25e9, 2.0e9),
     )
 }
+
+
+def find_gpu(name: str) -> Device | None:
+    """The GPU that a driver or SLURM calls by this name, such as `NVIDIA A100-SXM4-80GB` or `h100`.
+
+    None if it is not in GPUS, if its memory leaves a choice (`a100`), and for a part of a card.
+    """
+    text = name.lower()
+    if "mig" in text or re.search(r"\dg\.\d", text):
+        return None
+    matching = []
+    for gpu in GPUS.values():
+        series, _, memory = gpu.name.partition("-")
+        pattern = rf"(?<![a-z0-9]){series.replace('rtx', 'rtx[ _-]?')}(?![a-z0-9])"
+        # A variant such as `H100 PCIe` has another peak.
+        if re.search(pattern, text) and peak_flops(name) in (None, gpu.flops):
+            matching.append((gpu, re.search(rf"(?<![0-9]){memory}", text)))
+    if len(matching) > 1:
+        matching = [(gpu, has_memory) for gpu, has_memory in matching if has_memory]
+    return matching[0][0] if len(matching) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,16 @@ class TrainingWork:
     def tokens(self) -> float:
         """Mean tokens of a sample."""
         return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
+class GenerationWork:
+    """Responses that a model generates."""
+
+    responses: int
+    prompt_tokens: float  # mean
+    max_new_tokens: int  # of each response
+    sequences: int  # at the same time
 
 
 @dataclass(frozen=True)
@@ -221,11 +252,8 @@ def step_times(
     flops_per_second = device.flops * (1 if setup.dtype != "float32" else 0.5) * utilization
     times = []
     if work.scores_samples:
-        times.append(
-            _scoring_time(
-                student, work, layout, device, flops_per_second, max_new_tokens, sequences
-            )
-        )
+        scoring = GenerationWork(work.samples, work.prompt_tokens, max_new_tokens, sequences)
+        times.append(generation_time("score", student, scoring, layout, device, flops_per_second))
     if teacher is not None and setup.teacher_mode in ("cached_hidden_states", *RECORD_MODES):
         length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
         flops = work.samples * sum(
@@ -307,30 +335,27 @@ def _rescoring_time(
     return StepTime(RESCORING, max(arithmetic_seconds, network_seconds), flops, bound_by)
 
 
-def _scoring_time(
-    student: ModelShape,
-    work: TrainingWork,
+def generation_time(
+    name: str,
+    model: ModelShape,
+    work: GenerationWork,
     layout: ClusterLayout,
     device: Device,
     flops_per_second: float,
-    max_new_tokens: int,
-    sequences: int,
 ) -> StepTime:
     """Each generated token reads the weights once for all sequences in flight, and their caches."""
-    new_tokens = work.samples * max_new_tokens
+    new_tokens = work.responses * work.max_new_tokens
     prompt_length = max(1, round(work.prompt_tokens))
-    flops = work.samples * student.forward_flops([prompt_length], 0)
-    flops += new_tokens * 2.0 * (student.matrix_parameters + student.head_parameters)
+    flops = work.responses * model.forward_flops([prompt_length], 0)
+    flops += new_tokens * 2.0 * (model.matrix_parameters + model.head_parameters)
 
-    weights = parameter_bytes(student.parameters, "bfloat16")
-    mean_length = round(work.prompt_tokens + max_new_tokens / 2)
-    caches = kv_cache_bytes(student, mean_length, "bfloat16") * sequences
-    reading_seconds = new_tokens / sequences * (weights + caches) / device.bandwidth
+    weights = parameter_bytes(model.parameters, "bfloat16")
+    mean_length = round(work.prompt_tokens + work.max_new_tokens / 2)
+    caches = kv_cache_bytes(model, mean_length, "bfloat16") * work.sequences
+    reading_seconds = new_tokens / work.sequences * (weights + caches) / device.bandwidth
 
     arithmetic_seconds = flops / flops_per_second
     bound_by = (
         "arithmetic" if arithmetic_seconds >= reading_seconds else "reading weights and caches"
     )
-    return StepTime(
-        "score", max(arithmetic_seconds, reading_seconds) / layout.ranks, flops, bound_by
-    )
+    return StepTime(name, max(arithmetic_seconds, reading_seconds) / layout.ranks, flops, bound_by)

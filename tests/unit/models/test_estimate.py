@@ -310,3 +310,26 @@ def test_cached_hidden_states_have_the_bytes_of_their_type(
     )
     expected = LARGE.width * bytes_of_a_number + more
     assert setup.cached_bytes_per_token(LARGE) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("nvidia_a100-sxm4-40gb", "a100-40g"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24g"),
+        ("NVIDIA RTX A6000", "a6000-48g"),
+        ("h200", "h200-141g"),
+        ("l40s", "l40s-48g"),
+        ("a100", None),  # of 40 or 80 GB
+        ("NVIDIA H100 PCIe", None),  # a lower peak
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("h100_1g.10gb", None),
+        ("Tesla V100", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_is_found_by_the_name_of_its_driver_or_of_slurm(name: str, gpu: str | None) -> None:
+    assert estimate.find_gpu(name) == (GPUS[gpu] if gpu else None)
