@@ -101,6 +101,7 @@ def summarize_answers(
         "rouge_l_by_seed": rouge,
         "rouge_tokenizer": infos[0]["settings"]["rouge_tokenizer"],
         "exact_match": statistics.fmean(exact),
+        "exact_match_by_seed": exact,
         "words": statistics.fmean(len(text.split()) for text in all_responses),
         "repetition_rate": statistics.fmean(repetition_rate(text) for text in all_responses),
         "distinct_1": statistics.fmean(distinct_n(texts, 1) for texts in responses),

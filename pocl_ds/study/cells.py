@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,16 +16,36 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pocl_ds.config import Int, Recipe, Section, semantic_fields
+from pocl_ds.config.base import Float, NonNegativeFloat
 from pocl_ds.config.recipe_file import load_recipe, validation_message
 from pocl_ds.config.yaml_io import read_yaml
 from pocl_ds.curriculum.plan import mean_sample_visits
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import RecipeError, did_you_mean
 from pocl_ds.evaluation.answers import answer_settings
 from pocl_ds.resources import STUDIES
 from pocl_ds.workflow.steps import Step, enabled_steps
 
 NOT_IN_FOLDER_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 Overrides = tuple[str, ...]
+
+
+class PublishedResults(Section):
+    """Results of others that stand beside those of a study."""
+
+    source: str = Field(description="Where they are published.")
+    deviation: Literal["evaluation_seeds", "trainings"] = Field(
+        "evaluation_seeds",
+        description="What the deviations are taken over: answers of one training with several "
+        "seeds, or trainings. The study's own deviations beside them are taken over the same.",
+    )
+    note: str | None = Field(
+        None, description="What limits the comparison; printed below the table."
+    )
+    values: dict[str, dict[str, tuple[Float, NonNegativeFloat | None]]] = Field(
+        min_length=1,
+        description="Group of runs (arm and labels, as in the table) -> benchmark -> mean and "
+        "standard deviation, or `null` for a deviation that is not published.",
+    )
 
 
 class StudyConfig(Section):
@@ -50,6 +71,9 @@ class StudyConfig(Section):
         description="Last step of each run. With rank, nothing is trained, and the difficulty "
         "rankings of the students are compared.",
     )
+    published: PublishedResults | None = Field(
+        None, description="Published results of the same measure; `null` for none."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
@@ -60,7 +84,23 @@ class StudyConfig(Section):
                 )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds has a value twice: name each seed once")
+        if self.published and self.until == "rank":
+            raise ValueError("published needs evaluated students: leave until=rank out")
+        groups = list(self.groups)
+        for group in self.published.values if self.published else ():
+            if group not in groups:
+                raise ValueError(
+                    f"published.values has the group {group!r}, which no run is in: "
+                    f"{did_you_mean(group, groups)}"
+                )
         return self
+
+    @property
+    def groups(self) -> Iterator[str]:
+        """Every arm at every point of the grid."""
+        labels = [_labels(axis, values) for axis, values in self.grid.items()]
+        for arm, *point in itertools.product(self.arms, *labels):
+            yield group_label(arm, point)
 
 
 @dataclass(frozen=True)
@@ -81,12 +121,17 @@ class Cell:
     @property
     def group(self) -> str:
         """Arm and labels without the seed: what repetitions have in common."""
-        return ", ".join([self.arm, *(label for _, label in self.point)])
+        return group_label(self.arm, [label for _, label in self.point])
 
     @property
     def name(self) -> str:
         """The name of its folder."""
         return NOT_IN_FOLDER_NAMES.sub("-", f"{self.group}-seed{self.seed}").strip("-")
+
+
+def group_label(arm: str, labels: Iterable[str]) -> str:
+    """How tables name an arm at a point of the grid."""
+    return ", ".join([arm, *labels])
 
 
 def load_study(source: str) -> StudyConfig:
@@ -147,6 +192,7 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
         )
     if study.until != "rank":
         _check_evaluations(study.name, cells)
+    _check_published_benchmarks(study, cells, overrides)
     return cells
 
 
@@ -187,6 +233,24 @@ def _check_evaluations(name: str, cells: list[Cell]) -> None:
                 "ways, so they cannot be compared: let no arm change evaluate or the prompt "
                 "template"
             )
+
+
+def _check_published_benchmarks(
+    study: StudyConfig, cells: list[Cell], overrides: Overrides
+) -> None:
+    """Raise RecipeError if published values are of a benchmark that the study does not evaluate;
+    overrides may leave out some of its benchmarks.
+    """
+    if study.published is None or any(o.startswith("evaluate.benchmarks") for o in overrides):
+        return
+    known = cells[0].recipe.evaluate.benchmarks
+    for group, values in study.published.values.items():
+        for benchmark in values:
+            if benchmark not in known:
+                raise RecipeError(
+                    f"study {study.name}: published.values of {group!r} has the benchmark "
+                    f"{benchmark!r}, which is not evaluated: {did_you_mean(benchmark, known)}"
+                )
 
 
 def sample_visits(recipe: Recipe) -> float:

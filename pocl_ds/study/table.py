@@ -32,6 +32,7 @@ from pocl_ds.study.differences import (
 )
 from pocl_ds.study.difficulty_agreement import difficulty_lines, read_ranked_samples
 from pocl_ds.study.learning_curves import forgetting_lines
+from pocl_ds.study.published import published_lines
 from pocl_ds.study.run import cell_directory, is_finished
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import read_manifest
@@ -83,6 +84,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
     pairs = read_pairs(folder, study, cells)
     return [
         *_mean_lines(folder, finished, benchmarks, study.measure),
+        *published_lines(folder, study, finished, benchmarks),
         *_pair_lines(pairs),
         *forgetting_lines(folder, finished),
         *_unequal_visits(folder, finished, cells),

@@ -90,7 +90,6 @@ def test_a_study_of_two_arms(study: Path) -> None:
     assert row.split()[-2:] == ["100%", "100%"]
 
 
-@pytest.mark.weekly
 def assert_losses_by_level(run: RunDirectory) -> None:
     """The last validation equals transformers' loss of the final student, level by level."""
     record = read_metrics(run.train / "metrics.jsonl", "validation")[-1]
@@ -112,6 +111,7 @@ def assert_losses_by_level(run: RunDirectory) -> None:
     assert record["validation_loss"] == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.weekly
 def test_the_study_script(tmp_path: Path) -> None:
     """launch/study.sh fine-tunes a teacher, distils one cell of the shipped study from it, and
     evaluates it on benchmark files.

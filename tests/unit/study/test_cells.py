@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 from tiny_runs import write_recipe
 
 from pocl_ds.cli.main import main
-from pocl_ds.config.registry import STRATEGIES
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.config.registry import BENCHMARKS, STRATEGIES
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import STUDIES
 from pocl_ds.study.cells import Cell, expand_cells, load_study, sample_visits
@@ -146,17 +148,44 @@ def test_the_shipped_ablations_cover_every_part_of_the_method() -> None:
 
 
 def test_the_shipped_paper_study_has_seven_methods_with_and_without_the_curriculum() -> None:
-    cells = expand_cells(load_study("paper"))
+    study = load_study("paper")
+    cells = expand_cells(study)
     methods = {(cell.recipe.policy.name, cell.recipe.loss.name) for cell in cells}
     assert methods == {
         *(("off", name) for name in ("fkl", "rkl", "jsd", "tvd", "skl", "srkl")),
         ("gkd", "jsd"),
     }
-    assert len(cells) == 14 and {(cell.recipe.curriculum.num_subsets > 1) for cell in cells} == {
+    assert len(cells) == 28 and {(cell.recipe.curriculum.num_subsets > 1) for cell in cells} == {
         True,
         False,
     }
     assert {sample_visits(cell.recipe) for cell in cells} == {20}
+    pairs = {(c.recipe.teacher and c.recipe.teacher.model, c.recipe.student.model) for c in cells}
+    shipped = [load_recipe(name) for name in ("gpt2-1.5b-to-0.1b", "opt-2.7b-to-350m")]
+    assert pairs == {(r.teacher and r.teacher.model, r.student.model) for r in shipped}
+
+
+def test_the_paper_study_follows_the_paper_in_its_evaluation() -> None:
+    """Its benchmarks, evaluation seeds and sampling; and its numbers, whose means are published
+    too.
+    """
+    study = load_study("paper")
+    evaluate = expand_cells(study)[0].recipe.evaluate
+    assert tuple(evaluate.benchmarks) == BENCHMARKS and evaluate.seeds == (10, 20, 30, 40, 50)
+    assert (evaluate.temperature, evaluate.top_p, evaluate.max_new_tokens) == (1, 1, 256)
+    assert study.published is not None
+    means = {
+        group: [value[0] for value in values.values()]
+        for group, values in study.published.values.items()
+    }
+    published = {
+        "kd": [18.10, 19.44, 19.44, 20.67, 19.91, 21.44, 20.17],
+        "pocl": [19.70, 20.97, 21.26, 22.76, 22.51, 22.94, 22.51],
+    }
+    for arm, expected in published.items():
+        groups = [f"{arm}, gpt2-1.5b-to-0.1b, {method}" for method in study.grid["method"]]
+        assert [fmean(means.pop(group)) for group in groups] == pytest.approx(expected, abs=0.011)
+    assert not means
 
 
 def test_a_dry_run_lists_the_cells_and_does_nothing(
