@@ -169,7 +169,8 @@ def merge_adapters(
 
 def merge_adapter_folder(model: Any, folder: Path) -> Any:
     """The model with the adapter of a folder of peft merged. Raises ModelError for a kind of
-    adapter that does not change weights; what peft raises for one of another model.
+    adapter that does not change weights, and for weights that are missing or fit nowhere; what peft
+    raises for one of another model.
     """
     from peft import PeftModel
 
@@ -180,6 +181,19 @@ def merge_adapter_folder(model: Any, folder: Path) -> Any:
             f"adapter {folder} is of the kind {kind}, which does not change weights and cannot be "
             "merged: give a LoRA adapter"
         )
+    # Where names do not match, peft warns or says nothing, and merges a part of the adapter.
+    mismatch = wrapped.load_adapter(str(folder), wrapped.active_adapter)
+    for keys, fault, remedy in (
+        (mismatch.missing_keys, "lacks weights", "get the complete adapter"),
+        (
+            mismatch.unexpected_keys,
+            "has weights for which its base model has no place",
+            "give the model that it was trained on as base_model_name_or_path",
+        ),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(f"adapter {folder} {fault} ({keys[0]}{more}): {remedy}")
     return wrapped.merge_and_unload(safe_merge=True)
 
 

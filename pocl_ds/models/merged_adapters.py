@@ -70,6 +70,8 @@ def _merge(folder: Path, base: str, target: Path, trust_remote_code: bool) -> No
         raise
     except Exception as error:  # two libraries raise many unrelated types
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):  # its text is the key alone
+            reason = f"unknown or missing: {reason}"
         raise ModelError(
             f"adapter {folder} cannot be merged with {base} ({reason}): give the model that it was "
             "trained on as base_model_name_or_path, or merge it yourself"

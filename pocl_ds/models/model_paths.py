@@ -58,7 +58,24 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of_adapter(folder: Path) -> tuple[str, str | None]:
-    """Name and revision of the model that an adapter was trained on. Raises ModelError."""
+    """Name and revision of the model that an adapter was trained on. Raises ModelError, also if a
+    chain of adapters ends in itself.
+    """
+    name, revision = _named_base(folder)
+    chain, base = {folder.resolve()}, local_path(name)
+    while is_adapter(base):
+        if base.resolve() in chain:
+            raise ModelError(
+                f"{folder / ADAPTER_CONFIG} names the base model {name}, an adapter whose base is "
+                "again an adapter of this chain: set base_model_name_or_path to a complete model"
+            )
+        chain.add(base.resolve())
+        base = local_path(_named_base(base)[0])
+    return name, revision
+
+
+def _named_base(folder: Path) -> tuple[str, str | None]:
+    """What an adapter's configuration names as its base model. Raises ModelError."""
     path = folder / ADAPTER_CONFIG
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

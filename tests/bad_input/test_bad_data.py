@@ -488,7 +488,7 @@ def test_names_of_models(
             "package://none_such/x.gguf",
             "model NAME: the Python package none_such is not installed: pip install none-such",
         ),
-        ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
+        ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/"),
         ("org/none", "the revision main of NAME cannot be loaded (An error happened while "),
     ):
         message = error_message(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 
 from pocl_ds.config import LoraConfig, ModelConfig
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
@@ -269,6 +270,31 @@ def test_adapters_that_cannot_be_merged(adapter: Path, tiny_llama: Path, tiny_gp
     with pytest.raises(ModelError, match="PROMPT_TUNING, which does not change weights"):
         resolve_model(source)
     assert not [p for p in models_folder().iterdir() if not p.name.endswith(".lock")]
+
+
+def test_weights_that_do_not_match_are_refused(adapter: Path) -> None:
+    """peft merges the others with a warning at most."""
+    source, path = ModelConfig(model=str(adapter)), adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
+    with pytest.raises(ModelError, match=r"lacks weights \(.*lora_.*weight\): get the complete"):
+        resolve_model(source)
+    extra = {f"layers.9.{key}": tensors[name].clone() for key in "xy"}
+    save_file({**tensors, **extra}, path)
+    with pytest.raises(ModelError, match=r"has no place \(layers.9.x and 1 more\): give the"):
+        resolve_model(source)
+
+
+def test_a_chain_of_adapters_without_a_model_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    for bases in ((adapter, adapter), (other, adapter), (other, other)):
+        for folder, base in zip((adapter, other), bases, strict=True):
+            edit(folder, base_model_name_or_path=str(base))
+        source = ModelConfig(model=str(adapter))
+        model_files(source)  # ends
+        with pytest.raises(ModelError, match="set base_model_name_or_path to a complete model"):
+            resolve_model(source)
 
 
 def test_a_changed_base_is_noticed(adapter: Path, tiny_llama: Path) -> None:
