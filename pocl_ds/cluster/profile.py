@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from pocl_ds.config import NonNegative, Positive, Section
-from pocl_ds.config.base import WholeSeconds
+from pocl_ds.config.base import FileName, VariableName, WholeSeconds, text_pattern
 from pocl_ds.config.recipe_file import validation_message
 from pocl_ds.config.yaml_io import dump_yaml, read_yaml
 from pocl_ds.errors import RecipeError
@@ -70,9 +70,19 @@ def _adapters(value: str) -> str:
 
 
 Plain = Annotated[str, AfterValidator(_plain)]
-ResourceName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-MountPath = Annotated[str, Field(pattern=r"^/[^:]*$")]
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+ResourceName = Annotated[
+    str,
+    text_pattern(
+        r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        "use at most 63 small letters, digits and hyphens, with a letter or a digit at both ends",
+    ),
+]
+MountPath = Annotated[
+    str, text_pattern(r"^/[^:]*$", "write an absolute path without colons, as in /shared")
+]
+ImageName = Annotated[
+    str, text_pattern(r"^\S+$", "write the name of an image, as in registry.example.com/pocl:1")
+]
 TimeLimit = Annotated[str, AfterValidator(_time)]
 if TYPE_CHECKING:
     JobName = str
@@ -103,7 +113,7 @@ class ContainerConfig(Section):
 class KubernetesConfig(Section):
     """What `pocl submit --target kubernetes` needs besides the other fields."""
 
-    image: str = Field(description="Image with the packages and pocl_ds (slurm/Dockerfile).")
+    image: ImageName = Field(description="Image with the packages and pocl_ds (slurm/Dockerfile).")
     python: str = Field(
         "python3", description="Python interpreter in the image that has the packages of pocl_ds."
     )
@@ -116,6 +126,14 @@ class KubernetesConfig(Section):
     node_selector: dict[str, str] = Field(
         {}, description="Labels that nodes must have, for example those of a GPU type."
     )
+
+    @field_validator("claims")
+    @classmethod
+    def _check_claims(cls, value: dict[str, str]) -> dict[str, str]:
+        paths = [path.rstrip("/") for path in value.values()]
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise ValueError(f"two claims are mounted at {twice}: give each a path of its own")
+        return value
 
 
 class NetworkConfig(Section):
@@ -177,9 +195,7 @@ class JobLimits(JobOptions):
 class Profile(JobOptions):
     """One cluster, or one way of using it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="Name of the profile. Default: that of its file."
-    )
+    name: FileName = Field(description="Name of the profile. Default: that of its file.")
     time: TimeLimit = Field(
         "24:00:00",
         description="Time limit of one attempt. A job requeues itself at the limit and continues.",

@@ -50,6 +50,10 @@ class Submission:
         """start, until: the first and last step to submit. Raises ArtifactError if one before
         `start` is not finished.
         """
+        if STEP_NAMES.index(until) < STEP_NAMES.index(start):
+            raise RecipeError(
+                f"--until {until} comes before --from {start}, so no step is left: exchange them"
+            )
         self.until = until
         self.path = run.path.expanduser().resolve()
         if unsafe := UNSAFE.search(str(self.path)):

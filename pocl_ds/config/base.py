@@ -45,6 +45,35 @@ def registered_name(kind: str, *registries: Collection[str]) -> Any:
     return AfterValidator(check)
 
 
+# What to write, by the pattern that a text does not match.
+PATTERN_REMEDIES: dict[str, str] = {}
+
+
+def text_pattern(pattern: str, remedy: str, **constraints: Any) -> Any:
+    """The field of a text that matches a pattern. remedy: what an error message says to write in
+    place of one that does not.
+    """
+    PATTERN_REMEDIES[pattern] = remedy
+    return Field(pattern=pattern, **constraints)
+
+
+FileName: TypeAlias = Annotated[
+    str,
+    text_pattern(
+        r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        "use letters, digits, dots, underscores and hyphens, and begin with a letter or a digit",
+    ),
+]
+VariableName: TypeAlias = Annotated[
+    str,
+    text_pattern(
+        r"^[A-Za-z_]\w*$",
+        "the name of a variable has letters, digits and underscores, and does not begin with a "
+        "digit",
+    ),
+]
+
+
 def split_names(value: Any) -> Any:
     """Split `a, b` into a tuple of names; return any other value unchanged."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value

@@ -19,6 +19,7 @@ from pocl_ds.config.base import (
     RecordFormat,
     Role,
     Section,
+    text_pattern,
 )
 
 # Endings of data files, and of compressed ones (`x.jsonl.gz`); upper case is the same.
@@ -64,7 +65,9 @@ class SourceConfig(Section):
     """One source of a mixture (`data.sources`)."""
 
     source: Source = Field(description="Data of this source, as in `data.source`.")
-    name: Annotated[str, Field(pattern=r"^\S(.*\S)?$")] | None = Field(
+    name: (
+        Annotated[str, text_pattern(r"^\S(.*\S)?$", "write a name without spaces around it")] | None
+    ) = Field(
         None,
         description="Name of the source in logs and reports; `null` for the name of the file "
         "without its ending, or of the Hugging Face dataset.",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal, TypeAlias
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pocl_ds.config.base import (
     RUNTIME_ONLY,
@@ -14,9 +15,33 @@ from pocl_ds.config.base import (
     Seconds,
     Section,
     split_names,
+    text_pattern,
 )
 
-Url: TypeAlias = Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")]
+
+def _check_address(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        valid = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number or too large, or an IPv6 address is incomplete
+        valid = False
+    if not valid:
+        raise ValueError(
+            "its host or its port is not valid: write a name or an address and a port from 1 to "
+            "65535, as in http://node1:8000/v1"
+        )
+    return value
+
+
+Url: TypeAlias = Annotated[
+    str,
+    text_pattern(
+        r"^https?://[^@?#\s]+$",
+        "write http:// or https:// and the address, without a password or a query, as in "
+        "http://node1:8000/v1",
+    ),
+    AfterValidator(_check_address),
+]
 
 
 class ClientConfig(Section):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pocl_ds.config.base import Positive, Section
+from pocl_ds.config.base import Positive, Section, VariableName
 
 
 class PromptConfig(Section):
@@ -17,9 +17,7 @@ class PromptConfig(Section):
         description="Prompt template: `alpaca`, `chat` (the tokenizer's chat template), `plain` "
         "(the instruction alone), or a .jinja file.",
     )
-    chat_template_kwargs: dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str
-    ] = Field(
+    chat_template_kwargs: dict[VariableName, bool | int | str] = Field(
         default_factory=dict,
         description="Variables passed to the chat template, as in `{enable_thinking: false}`.",
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pocl_ds.config.base import RUNTIME_ONLY, NonNegative, Section
+from pocl_ds.config.base import RUNTIME_ONLY, FileName, NonNegative, Section
 from pocl_ds.config.baseline import BaselineConfig
 from pocl_ds.config.consistency import check_consistency
 from pocl_ds.config.curriculum import CurriculumConfig
@@ -37,9 +37,7 @@ MAX_NAME_LENGTH = 100  # names of folders and jobs are made of it
 class Recipe(Section):
     """Everything that defines a run."""
 
-    name: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME_LENGTH)
-    ] = Field(
+    name: Annotated[FileName, Field(max_length=MAX_NAME_LENGTH)] = Field(
         description="Name of the run: at most 100 letters, digits, dots, underscores and hyphens."
     )
     plugins: tuple[str, ...] = Field(

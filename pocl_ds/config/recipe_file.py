@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pocl_ds.config.base import PATTERN_REMEDIES
 from pocl_ds.config.recipe import Recipe
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml, read_yaml, yaml_fault
 from pocl_ds.errors import PoclError, RecipeError, did_you_mean, nearest_name
@@ -72,7 +73,7 @@ def check_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
         raise RecipeError(
             f"{source} field {field} contains a password, a token or a key, and recipes are "
             "written to disk: remove it, and export it as an environment variable (HF_TOKEN, "
-            "WANDB_API_KEY, or the one that evaluate.judge.api_key_env names)"
+            "WANDB_API_KEY, or one that an api_key_env names)"
         )
     _import_plugins(tree.get("plugins"), source)
     try:
@@ -169,7 +170,9 @@ def validation_message(error: ValidationError, prefix: str, model: type[BaseMode
         error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden"
     )
     fault = faults[0]
-    field = ".".join(str(part) for part in fault["loc"])
+    # pydantic marks a fault of a key, as in network.extra.1-X.[key]; the key is named already.
+    is_key = fault["loc"][-1:] == ("[key]",)
+    field = ".".join(str(part) for part in fault["loc"][: -1 if is_key else None])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
@@ -183,13 +186,17 @@ def validation_message(error: ValidationError, prefix: str, model: type[BaseMode
         allowed = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
         nearest = nearest_name(fault["input"], allowed)
         message += f", did you mean {nearest}?" if nearest else ""
+    if kind == "string_pattern_mismatch":
+        message = PATTERN_REMEDIES[fault["ctx"]["pattern"]]
+    if kind == "too_short":
+        message = f"it needs at least {fault['ctx']['min_length']} entry"
     if kind in TYPE_REMEDIES:
         message += f": {TYPE_REMEDIES[kind]}"
     if kind == "string_type":
         message += f": {_string_remedy(fault['input'])}"
     if not field:
         return f"{prefix.removesuffix('field').rstrip(' :')}: {message}{more}"
-    value = "" if isinstance(fault["input"], dict) else f"={_shortened(fault['input'])}"
+    value = "" if is_key or isinstance(fault["input"], dict) else f"={_shortened(fault['input'])}"
     return f"{prefix} {field}{value}: {message[:1].lower()}{message[1:]}{more}"
 
 
@@ -197,6 +204,8 @@ def _string_remedy(value: Any) -> str:
     """What to write in place of a value that is no text: YAML reads numbers, dates and words such
     as `yes` as other types.
     """
+    if value is None:
+        return "it is empty, write a text"
     if isinstance(value, (list, tuple)):
         return f'write one text, as in "{",".join(map(str, value))}"'
     return f'write it in quotes, as in "{str(value).lower() if value is True else value}"'

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from pocl_ds.config import Int, Recipe, Section, semantic_fields
-from pocl_ds.config.base import Float, NonNegativeFloat
+from pocl_ds.config.base import FileName, Float, NonNegativeFloat
 from pocl_ds.config.recipe_file import load_recipe, validation_message
 from pocl_ds.config.yaml_io import read_yaml
 from pocl_ds.curriculum.plan import mean_sample_visits
@@ -51,7 +51,7 @@ class PublishedResults(Section):
 class StudyConfig(Section):
     """A study's file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FileName
     base: str = Field(description="Base recipe: a file, or the name of a shipped one.")
     overrides: Overrides = Field((), description="Dotted overrides of the base, for all cells.")
     arms: dict[str, Overrides] = Field(min_length=1, description="Arms: name -> dotted overrides.")

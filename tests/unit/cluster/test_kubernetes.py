@@ -230,9 +230,27 @@ def test_shellcheck_accepts_the_scripts(tmp_path: Path) -> None:
         ("/shared/x", {"kubernetes": None}, "profile cloud has no section kubernetes"),
         ("/home/x", {}, r"/home/x is below no mount path of kubernetes.claims \(/shared\)"),
         ("/shared/x", {"kubernetes": {"image": "a"}}, "kubernetes.claims"),
-        ("/shared/x", {"kubernetes": {"image": "a", "claims": {}}}, "kubernetes.claims"),
-        ("/shared/x", {"kubernetes": {"image": "a", "claims": {"A_b": "/c"}}}, "kubernetes.claims"),
-        ("/shared/x", {"kubernetes": {"image": "a", "claims": {"a": "c"}}}, "kubernetes.claims"),
+        ("/shared/x", {"kubernetes": {"image": "a", "claims": {}}}, "claims: it needs at least 1"),
+        (
+            "/shared/x",
+            {"kubernetes": {"image": "a", "claims": {"A_b": "/c"}}},
+            "kubernetes.claims.A_b: use at most 63 small letters",
+        ),
+        (
+            "/shared/x",
+            {"kubernetes": {"image": "a", "claims": {"a": "c"}}},
+            "kubernetes.claims.a='c': write an absolute path",
+        ),
+        (
+            "/shared/x",
+            {"kubernetes": {"image": "a", "claims": {"a": "/c", "b": "/c/"}}},
+            "two claims are mounted at /c: give each a path of its own",
+        ),
+        (
+            "/shared/x",
+            {"kubernetes": {"image": "", "claims": {"a": "/c"}}},
+            "kubernetes.image='': write the name of an image",
+        ),
     ],
 )
 def test_a_profile_that_does_not_suffice_is_one_sentence(

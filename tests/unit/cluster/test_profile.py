@@ -45,6 +45,7 @@ def test_shipped_profiles_are_read_back(path: Path) -> None:
         ({"network": {"interface": "$(id)"}}, ("network.interface", "letters, digits")),
         ({"network": {"ib_hca": "mlx5_0 mlx5_1"}}, ("network.ib_hca", "mlx5_0,mlx5_1:1")),
         ({"network": {"extra": {"NCCL_IB_TC": 106}}}, ("network.extra.NCCL_IB_TC", "quotes")),
+        ({"network": {"extra": {"1-X": "x"}}}, ("network.extra.1-X: the name of a variable",)),
         ({"network": {"extra": {"NCCL_IB_HCA": "x"}}}, ("write it as network.ib_hca",)),
         ({"network": {"extra": {"FI_AUTH_KEY": "1b2c3d"}}}, ("network.extra", "plain text")),
         (

@@ -320,6 +320,8 @@ def test_a_run_is_submitted_from_a_step_on(tmp_path: Path, monkeypatch: pytest.M
     assert [job.name for job in submitted.jobs] == ["plan"]
     with pytest.raises(ArtifactError, match="the step plan, which comes before train, is not"):
         Submission(**arguments, nodes=None, start="train")
+    with pytest.raises(RecipeError, match="--until plan comes before --from train, so no step is"):
+        Submission(**arguments, nodes=None, start="train", until="plan")
     # generate-teacher is not finished, but this recipe does not use it.
     assert Submission(**arguments, nodes=None, start="score").jobs[0].name == "plan"
 

@@ -77,7 +77,11 @@ def test_served_teachers_that_are_possible() -> None:
         ({}, {"student": {"model": "s", "heal_steps": 300}}, "heal_steps=300 needs the teacher"),
         ({"endpoint": {"urls": "http://a:1/v1,http://a:1/v1/"}}, {}, "http://a:1/v1 appears twice"),
         ({"endpoint": {"urls": []}}, {}, "at least 1 item"),
-        ({"endpoint": {"urls": "http://user:word@a/v1"}}, {}, "match pattern"),
+        ({"endpoint": {"urls": "http://user:word@a/v1"}}, {}, "urls"),
+        ({"endpoint": {"urls": "http:///v1"}}, {}, "its host or its port is not valid"),
+        ({"endpoint": {"urls": "http://a:port/v1"}}, {}, "its host or its port is not valid"),
+        ({"endpoint": {"urls": "http://a:65536/v1"}}, {}, "its host or its port is not valid"),
+        ({"endpoint": {"urls": "http://[::1/v1"}}, {}, "its host or its port is not valid"),
         ({"endpoint": {"api_key_env": "sk-123"}}, {}, "not the name of an environment variable"),
     ],
 )

@@ -70,7 +70,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("data", "missing", "add it"),
     ),
     (recipe_tree(data={}), ("data.source", "missing", "add it")),
-    (recipe_tree(teacher__model=None), ("teacher.model=None", "string")),
+    (recipe_tree(teacher__model=None), ("teacher.model=None", "it is empty, write a text")),
     (recipe_tree(train__batch_size="many"), ("train.batch_size='many'", "integer")),
     (recipe_tree(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
     (recipe_tree(train__batch_size=True), ("train.batch_size=True", "number")),
@@ -139,7 +139,23 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (recipe_tree(evaluate__temperature=0), ("temperature=0", "one seed")),
     (recipe_tree(evaluate__seeds=[1, 1]), ("seed", "once")),
     (recipe_tree(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
-    (recipe_tree(name="a/b"), ("name='a/b'", "pattern")),
+    (recipe_tree(name="a/b"), ("name='a/b': use letters, digits, dots",)),
+    (
+        recipe_tree(data={"sources": [{"source": "d.jsonl", "name": " a"}]}),
+        ("data.sources.0.name=' a': write a name without spaces around it",),
+    ),
+    (
+        recipe_tree(prompt__chat_template_kwargs={"1-x": 2}),
+        ("prompt.chat_template_kwargs.1-x: the name of a variable has letters",),
+    ),
+    (
+        recipe_tree(teacher__endpoint={"urls": ["localhost:8000"]}),
+        ("teacher.endpoint.urls.0='localhost:8000': write http:// or https:// and the address",),
+    ),
+    (
+        recipe_tree(teacher__endpoint={"urls": []}),
+        ("teacher.endpoint.urls=[]: it needs at least 1 entry",),
+    ),
     (
         recipe_tree(policy={"name": "gkd", "lmbda": 1.5}),
         ("policy.lmbda=1.5", "less than or equal to 1"),

@@ -65,7 +65,7 @@ def test_every_combination_is_a_cell(tree: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"arms": {}}, "arms: dictionary should have at least 1"),
+        ({"arms": {}}, "arms: it needs at least 1 entry"),
         (
             {"compare": [["pocl", "sft"]]},
             "compare names the arm 'sft', which is not among kd, pocl",
