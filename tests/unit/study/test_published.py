@@ -121,7 +121,7 @@ def test_without_published_values_there_is_no_table(tree: dict[str, Any], tmp_pa
         ({"values": {"kd, fkl": {"test": [1, -2]}}}, r"fkl\.test\.1=-2: input should be greater"),
         ({"values": {"kd, fkl": {"test": [1]}}}, r"kd, fkl\.test\.1 is missing: add it"),
         ({"values": {"kd, fkl": {"test": 1}}}, r"kd, fkl\.test=1: .*write a list, as in"),
-        ({"values": {}}, r"published\.values: dictionary should have at least 1 item"),
+        ({"values": {}}, r"published\.values: it needs at least 1 entry"),
         ({"sources": "x"}, r"published\.sources does not exist: did you mean source"),
         ({"deviation": "seeds"}, r"published\.deviation='seeds': input should be"),
     ],
