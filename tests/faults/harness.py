@@ -1,11 +1,12 @@
 """Kills real runs at random moments and compares their results with those of an undisturbed run.
 
-    python tests/faults/harness.py --kills 50 --seed 0
+    python tests/faults/harness.py --mode all --kills 15 --seed 0
 
 Each kill sends SIGKILL to one rank, one step's process, or everything at once. The seed draws first
 a workflow step (training for half of the kills), then a moment within it; then the same command
 runs again. A finished run is compared bit by bit: every metrics record, the scores, the answers,
-the weights. The program prints a table and exits with code 1 if anything differs.
+the weights. The program prints a line for each kill and a table of all modes, and exits with code 1
+if a run fails to continue or differs. The modes are in tests/fault_modes.py.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-import tiny_models
 from command_line import ROOT, environment
-from tiny_runs import write_recipe
+from fault_modes import MODES, write_mode_recipe
+
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.workflow.steps import STEP_NAMES, enabled_steps
 
 # Fields of a metrics record that do not depend on the clock.
 COMPARED_FIELDS = (
@@ -47,18 +51,19 @@ COMPARED_FIELDS = (
     "loss_tokens",
     "sample_ids_digest",
 )
-WORKFLOW_STEPS = [
-    "preprocess",
-    "init-student",
-    "score",
-    "rank",
-    "plan",
-    "train",
-    "evaluate",
-    "export",
-    "report",
-]
-KILLS_PER_RUN = 13
+# Files that must be equal, by workflow step; each step of a mode has at least one of its own.
+COMPARED_FILES = {
+    "init-student": ("models/models.json", "models/heal/final/model.safetensors"),
+    "generate-teacher": ("teacher_responses/train.jsonl",),
+    "score": ("scores/*.jsonl",),
+    "rank": ("ranking/order.npy",),
+    "cache-teacher": ("teacher_cache/*/*.crc.npy",),
+    "train": ("train/final/model.safetensors", "train/stages/*/*.npy"),
+    "baseline": ("baseline/final/model.safetensors",),
+    "evaluate": ("evaluation/*/*.jsonl",),
+    "export": ("export/model.safetensors",),
+}
+KILLS_PER_RUN = 15
 ATTEMPT_TIMEOUT_SECONDS = 400
 
 
@@ -77,27 +82,40 @@ class Kill:
         lost = "" if self.resumed is None else str(self.optimizer_step - self.resumed)
         resumed = "" if self.resumed is None else str(self.resumed)
         return (
-            f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.workflow_step:<14}"
+            f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.workflow_step:<17}"
             f"{self.optimizer_step:>5}  {resumed:>8}{lost:>6}"
         )
 
 
-def prepare(folder: Path) -> Path:
-    """Write the recipe of a small run with dropout, three stages, and an asynchronous checkpoint
-    every third optimizer step.
-    """
-    teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
-    student = tiny_models.llama(folder / "student")
-    return write_recipe(
-        folder,
-        teacher,
-        student,
-        max_train_samples=60,
-        student={"heal_steps": 4, "dropout": 0.1},
-        score={"shards": 4},
-        curriculum={"epochs_per_stage": 4},
-        train={"checkpoint": {"every_n_steps": 3, "async_save": True}},
-    )
+class RunFailedError(Exception):
+    """An attempt failed without a kill."""
+
+
+@dataclass
+class Subject:
+    """The runs of one mode: what they have in common with the undisturbed one."""
+
+    recipe: Path
+    steps: list[str]
+    reference: Path
+    log: Path  # of the current attempt
+    step_seconds: dict[str, float]  # of the undisturbed run
+
+
+def prepare(folder: Path, mode: str) -> Subject:
+    """Write the recipe of a mode and run it undisturbed."""
+    folder.mkdir(parents=True)
+    recipe, log = write_mode_recipe(folder, mode), folder / "log"
+    steps = [step.name for step in enabled_steps(load_recipe(str(recipe)))]
+    begin = time.monotonic()
+    if code := start(recipe, folder / "reference", log).wait(timeout=ATTEMPT_TIMEOUT_SECONDS):
+        raise RunFailedError(
+            f"the undisturbed run failed with code {code}:\n{log.read_text()[-3000:]}"
+        )
+    subject = Subject(recipe, steps, folder / "reference", log, durations(log.read_text()))
+    count, seconds = len(records(subject.reference)), time.monotonic() - begin
+    print(f"{mode}: undisturbed: {count} optimizer steps, {seconds:.0f} s", flush=True)
+    return subject
 
 
 def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -180,42 +198,42 @@ def finished_steps(log: str) -> list[str]:
     return re.findall(r"^\S+ ([\w-]+): (?:already )?finished", log, re.MULTILINE)
 
 
-def targets(source: random.Random, count: int) -> list[str]:
-    """Workflow steps in which to kill a run, in order; half of the kills hit the training."""
-    other_steps = [name for name in WORKFLOW_STEPS if name != "train"]
-    sampled = [
-        "train" if source.random() < 0.5 else source.choice(other_steps) for _ in range(count)
-    ]
-    return sorted(sampled, key=WORKFLOW_STEPS.index)
+def targets(source: random.Random, steps: list[str], count: int, only: str | None) -> list[str]:
+    """Workflow steps in which to kill a run, in order: half of the kills hit the training, and the
+    others go round the other steps. only: a step that all kills hit.
+    """
+    if only is not None:
+        return [only] * count
+    other_steps = [name for name in steps if name != "train"]
+    source.shuffle(other_steps)
+    others = count - count // 2
+    rounds = other_steps * (others // len(other_steps) + 1)
+    return sorted(["train"] * (count // 2) + rounds[:others], key=steps.index)
 
 
-def attempt(
-    recipe: Path,
-    run: Path,
-    source: random.Random,
-    target: str | None,
-    step_seconds: dict[str, float],
-    log: Path,
-) -> Kill | None:
+def attempt(subject: Subject, run: Path, source: random.Random, target: str | None) -> Kill | None:
     """Start or continue a run, and kill it at a random moment of the target step. None if the run
     ends first, or without a target.
 
-    Half of the kills in a training come while it trains, the others while it starts.
+    Half of the kills in a training come while it trains, the others while it starts. Raises
+    RunFailedError if the run ends with an error of its own.
     """
-    child = start(recipe, run, log)
+    log, steps = subject.log, subject.steps
+    child = start(subject.recipe, run, log)
     begin = time.monotonic()
     while_training = target == "train" and source.random() < 0.5
-    earlier_steps = WORKFLOW_STEPS[: WORKFLOW_STEPS.index(target)] if target else []
+    earlier_steps = steps[: steps.index(target)] if target else []
     recorded = len(records(run))
     moment = None
     while moment is None or time.monotonic() < moment:
         if child.poll() is not None:
             if child.returncode:
-                raise RuntimeError(f"the run failed without a kill:\n{log.read_text()[-3000:]}")
+                raise RunFailedError(f"failed without a kill:\n{log.read_text()[-3000:]}")
             return None
         if target and moment is None and set(earlier_steps) <= set(finished_steps(log.read_text())):
             if not while_training:
-                moment = time.monotonic() + source.uniform(0.0, max(step_seconds[target], 1.0))
+                seconds = max(subject.step_seconds[target], 0.5)
+                moment = time.monotonic() + source.uniform(0.0, seconds)
             elif len(records(run)) != recorded:  # this attempt has recorded a step
                 moment = time.monotonic() + source.uniform(0.0, 2.0)
         time.sleep(0.02)
@@ -223,8 +241,8 @@ def attempt(
     child.wait(timeout=ATTEMPT_TIMEOUT_SECONDS)
     time.sleep(0.5)  # orphaned processes end and release the lock
     finished = finished_steps(log.read_text())
-    position = WORKFLOW_STEPS.index(finished[-1]) + 1 if finished else 0
-    return Kill(victim, seconds, [*WORKFLOW_STEPS, "end"][position], len(records(run)))
+    position = steps.index(finished[-1]) + 1 if finished else 0
+    return Kill(victim, seconds, [*steps, "end"][position], len(records(run)))
 
 
 def resumed_step(log: str, recorded: int) -> int | None:
@@ -236,21 +254,14 @@ def resumed_step(log: str, recorded: int) -> int | None:
     return 0 if re.search(r"train  \d+/\d+ steps|train: finished", log) else None
 
 
-def differences(run: Path, reference: Path) -> list[str]:
-    """Names of the results that differ."""
+def differences(subject: Subject, run: Path) -> list[str]:
+    """Names of the results that differ from the undisturbed run."""
+    reference = subject.reference
     differing = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
-    patterns = (
-        "train/final/model.safetensors",
-        "models/heal/final/model.safetensors",
-        "scores/*.jsonl",
-        "ranking/order.npy",
-        "evaluation/*/*.jsonl",
-        "export/model.safetensors",
-    )
-    for pattern in patterns:
-        paths = sorted(path.relative_to(reference) for path in reference.glob(pattern))
-        assert paths, pattern
-        for path in paths:
+    for step in COMPARED_FILES.keys() & set(subject.steps):
+        paths = [path for pattern in COMPARED_FILES[step] for path in reference.glob(pattern)]
+        assert paths, step
+        for path in sorted(path.relative_to(reference) for path in paths):
             if (
                 not (run / path).is_file()
                 or (run / path).read_bytes() != (reference / path).read_bytes()
@@ -259,62 +270,108 @@ def differences(run: Path, reference: Path) -> list[str]:
     return differing
 
 
-def main(kills: int, seed: int, folder: Path) -> int:
-    """Kill runs and print the table. Returns 1 if a run differs from the undisturbed one."""
-    source, log = random.Random(seed), folder / "log"
-    recipe, reference = prepare(folder), folder / "reference"
+def kill_repeatedly(
+    subject: Subject, run: Path, source: random.Random, remaining: list[str]
+) -> tuple[list[Kill], str]:
+    """Kill one run in the remaining steps and let it finish. Returns the kills, and what is wrong
+    with the result: nothing if it equals the undisturbed run.
+    """
+    kills: list[Kill] = []
+    problem = ""
+    try:
+        while result := attempt(subject, run, source, remaining.pop(0) if remaining else None):
+            report_resume(kills, subject.log)
+            kills.append(result)
+    except RunFailedError as error:
+        problem = str(error)
+    report_resume(kills, subject.log)
+    if not problem and (differing := differences(subject, run)):
+        problem = f"DIFFERS in {', '.join(differing)}"
+    return kills, problem
+
+
+def report_resume(kills: list[Kill], log: Path) -> None:
+    """Print the last kill, once the log of the next attempt tells where it resumed."""
+    if kills:
+        if kills[-1].workflow_step == "train":
+            kills[-1].resumed = resumed_step(log.read_text(), kills[-1].optimizer_step)
+        print(kills[-1].row(len(kills)), flush=True)
+
+
+def run_mode(
+    mode: str,
+    kill_count: int,
+    source: random.Random,
+    folder: Path,
+    only: str | None,
+    outcomes: Counter[Any],
+) -> int:
+    """Kill runs of one mode, and count (mode, step, whether its run ended equal) in `outcomes`.
+    Returns how many runs did not end equal.
+    """
+    subject = prepare(folder / mode, mode)
+    print("kill  victim       after     workflow step     step  resumed at  lost", flush=True)
+    # A killed step continues where it was, so that after two kills little of it is left.
+    kills_per_run = KILLS_PER_RUN if only is None else 2
+    done = bad_runs = 0
+    for number in range(2 * kill_count):  # a run may end before all its kills
+        if done >= kill_count:
+            break
+        run = subject.reference.with_name(f"run-{number}")
+        remaining = targets(source, subject.steps, min(kills_per_run, kill_count - done), only)
+        kills, problem = kill_repeatedly(subject, run, source, remaining)
+        outcomes.update((mode, kill.workflow_step, not problem) for kill in kills)
+        done += len(kills)
+        bad_runs += bool(problem)
+        print(f"      run {number}: {problem or 'bitwise equal'}", flush=True)
+        if not problem:
+            shutil.rmtree(run)
+    return bad_runs
+
+
+def print_table(outcomes: Counter[Any]) -> None:
+    """Print, for each mode and workflow step, how many kills ended equal out of those tried."""
+    modes = list(dict.fromkeys(mode for mode, _, _ in outcomes))
+    print("\n| killed in | " + " | ".join(f"`{mode}`" for mode in modes) + " |")
+    print("|---" * (len(modes) + 1) + "|")
+    for step in [*STEP_NAMES, "end"]:
+        cells = []
+        for mode in modes:
+            equal = outcomes[mode, step, True]
+            tried = equal + outcomes[mode, step, False]
+            cells.append(f"{equal} of {tried}" if tried else "")
+        if any(cells):
+            print(f"| {step} | " + " | ".join(cells) + " |")
+
+
+def main(modes: list[str], kills: int, seed: int, folder: Path, only: str | None) -> int:
+    """Kill runs in each mode and print the table. Returns 1 if a run does not end equal."""
     begin = time.monotonic()
-    if code := start(recipe, reference, log).wait(timeout=ATTEMPT_TIMEOUT_SECONDS):
-        raise RuntimeError(
-            f"the undisturbed run failed with code {code}:\n{log.read_text()[-3000:]}"
-        )
-    step_seconds = durations(log.read_text())
+    outcomes: Counter[Any] = Counter()
+    bad_runs = 0
+    for mode in modes:
+        source = random.Random(f"{seed} {mode}")
+        bad_runs += run_mode(mode, kills, source, folder, only, outcomes)
+    print_table(outcomes)
+    lost = sum(count for (_, _, equal), count in outcomes.items() if not equal)
     print(
-        f"undisturbed: {len(records(reference))} steps, {time.monotonic() - begin:.0f} s",
-        flush=True,
+        f"\n{outcomes.total()} kills, {lost} of them in {bad_runs} runs that failed or have "
+        f"another result; {time.monotonic() - begin:.0f} s"
     )
-    print("kill  victim       after     workflow step  step  resumed at  lost", flush=True)
-    table: list[Kill] = []
-    runs = different = 0
-    while len(table) < kills:
-        run = folder / f"run-{runs}"
-        pending: Kill | None = None
-        remaining = targets(source, min(KILLS_PER_RUN, kills - len(table)))
-        while True:
-            kill_result = attempt(
-                recipe, run, source, remaining.pop(0) if remaining else None, step_seconds, log
-            )
-            if pending and pending.workflow_step == "train":
-                pending.resumed = resumed_step(log.read_text(), pending.optimizer_step)
-            if pending:
-                print(pending.row(len(table)), flush=True)
-            pending = kill_result
-            if kill_result is None:
-                break
-            table.append(kill_result)
-        runs += 1
-        differing = differences(run, reference)
-        different += bool(differing)
-        verdict = (
-            f"DIFFERS in {', '.join(differing)}"
-            if differing
-            else "bitwise equal to the undisturbed run"
-        )
-        print(f"      run {runs}: {verdict}", flush=True)
-        shutil.rmtree(run)
-    print(
-        f"{len(table)} kills in {runs} runs, {different} of them with another result; "
-        f"{time.monotonic() - begin:.0f} s"
-    )
-    return 1 if different else 0
+    return 1 if bad_runs else 0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--mode", choices=[*MODES, "all"], nargs="+", default=["async_save"])
+    parser.add_argument("--kills", type=int, default=15, help="number of kills in each mode")
+    parser.add_argument("--step", choices=STEP_NAMES, help="kill in this workflow step alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep runs that do not end equal here")
     options = parser.parse_args()
+    selected = list(MODES) if "all" in options.mode else options.mode
     with tempfile.TemporaryDirectory(prefix="pocl-faults-") as name:
-        sys.exit(main(options.kills, options.seed, Path(name)))
+        folder = options.folder or Path(name)
+        sys.exit(main(selected, options.kills, options.seed, folder, options.step))
