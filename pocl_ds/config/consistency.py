@@ -45,6 +45,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_teacher(recipe)
     check_endpoint(recipe)
     _check_teacher_mode(recipe)
+    _check_cached_values(recipe)
     _check_teacher_routes(recipe)
     _check_teacher_template(recipe)
     _check_teacher_responses(recipe)
@@ -206,6 +207,29 @@ def _check_teacher_mode(recipe: Recipe) -> None:
         raise ValueError(
             "teacher.ensemble mixes distributions over one vocabulary, and "
             f"loss.name={loss} does not use one: remove teacher.ensemble"
+        )
+
+
+def _check_cached_values(recipe: Recipe) -> None:
+    """Fields of the cache that are of other values than the mode caches."""
+    teacher = recipe.teacher
+    if teacher is None:
+        return
+    cache = recipe.teacher_cache
+    if teacher.mode in ("cached_topk", "cached_sampled") and cache.hidden_dtype != "model":
+        raise ValueError(
+            f"teacher_cache.hidden_dtype={cache.hidden_dtype} is of hidden states, which "
+            f"teacher.mode={teacher.mode} does not cache: set it to model, or "
+            "teacher.mode=cached_hidden_states"
+        )
+    if (
+        teacher.mode in ("cached_hidden_states", "cached_sampled", "auto")
+        and cache.top_p is not None
+    ):
+        raise ValueError(
+            f"teacher_cache.top_p={cache.top_p:g} chooses among the largest probabilities, which "
+            f"teacher.mode={teacher.mode} does not cache: set it to null, or "
+            "teacher.mode=cached_topk"
         )
 
 

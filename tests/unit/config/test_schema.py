@@ -296,6 +296,14 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("teacher.mode=cached_sampled", "linear", "loss.name=skl", "set loss.name=fkl"),
     ),
     (
+        recipe_tree(teacher__mode="cached_topk", teacher_cache__hidden_dtype="int8"),
+        ("teacher_cache.hidden_dtype=int8", "cached_topk does not cache", "set it to model"),
+    ),
+    (
+        recipe_tree(teacher__mode="cached_hidden_states", teacher_cache__top_p=0.9),
+        ("teacher_cache.top_p=0.9", "does not cache", "set it to null"),
+    ),
+    (
         recipe_tree(loss__name="alm", teacher__mode="cached_sampled"),
         ("loss.name=alm", "teacher.mode=online"),
     ),
