@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study `tasks` on this machine's CPU: make models with random weights, train the teacher until it masters the tasks, measure in a
+# The study `tasks` on this machine's CPU: make models with random weights, train the teacher, measure in a
 # pilot which difference the study can show, and run it. After an interruption the same command resumes, and a second shell with the
 # same command (or `pocl study tasks --run-dir runs/tasks/cells`) runs other cells at the same time.
 #

@@ -5,9 +5,9 @@
     Anna has 3 and Ben has 8. How many has Ben?          8
     a = 4; b = a + 2; c = b. What is c?                  6
 
-Nine families with four levels each, in several wordings. Numbers of a list have one digit, so that
-a model of a million weights learns the tasks from scratch on a CPU. Studies with many trainings can
-then have a teacher that knows its task, and an answer is right or wrong (`pocl study tasks`).
+Nine families with four levels each, in several wordings. Numbers of a list have one digit, to be
+within reach of a model of a million weights that is trained from scratch on a CPU. An answer is
+right or wrong, and studies can afford many trainings of such models (`pocl study tasks`).
 """
 
 from __future__ import annotations
