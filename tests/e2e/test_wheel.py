@@ -131,7 +131,7 @@ def test_the_wheel_contains_every_shipped_file(wheel: Path) -> None:
 def test_commands_of_an_installed_wheel(installed: WheelEnvironment) -> None:
     assert installed.pocl("--version") == f"pocl {__version__}\n"
     assert re.search(r"\ntrain +would run", installed.pocl("run", "quickstart", "--dry-run"))
-    assert "pocl-gkd-seed42" in installed.pocl("study", "paper", "--dry-run")
+    assert "pocl-opt-2.7b-to-350m-gkd-seed42" in installed.pocl("study", "paper", "--dry-run")
     scripts = installed.pocl("submit", "quickstart", "--profile", "gpu", "--dry-run")
     assert "#SBATCH --gpus-per-node=1" in scripts and str(installed.working_dir) in scripts
     assert not list(installed.working_dir.iterdir())
