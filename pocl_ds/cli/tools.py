@@ -168,10 +168,11 @@ def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: 
     # The text takes a moment to compute, so the screen is cleared when it is ready.
     clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
     while True:
-        lines = [*progress_lines(folder, config, cells), "", *result_lines(folder, config, cells)]
+        tables = result_lines(folder, config, cells)
+        lines = [*progress_lines(folder, config, cells), "", *tables]
         print(clear + "\n".join(lines).rstrip(), flush=True)
         if not watch or all(is_finished(folder, cell) for cell in cells):
-            if page := write_study_page(folder, config, cells):
+            if page := write_study_page(folder, config, cells, tables):
                 print(f"\nreport   {page}")
             return 0
         time.sleep(REFRESH_SECONDS)

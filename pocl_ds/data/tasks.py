@@ -135,9 +135,9 @@ def _program(source: random.Random, level: int) -> Task:
         other, change = source.choice(list(values)), source.randint(0, 3)
         values[name] = values[other] + change
         lines.append(f"{name} = {other} + {change}" if change else f"{name} = {other}")
-    asked = source.choice(list(values))
+    variable = source.choice(list(values))
     wording = source.choice(("What is {}?", "Print {}.", "Give the value of {}."))
-    return f"{'; '.join(lines)}. {wording.format(asked)}", str(values[asked])
+    return f"{'; '.join(lines)}. {wording.format(variable)}", str(values[variable])
 
 
 def _listed(values: Sequence[object]) -> str:

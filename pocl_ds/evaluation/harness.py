@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -81,6 +82,7 @@ def run_harness(
                 f"the tasks of evaluate.harness failed with the model {model}, see above: other "
                 "results are kept"
             )
+        request.unlink(missing_ok=True)
         write_manifest(
             file.parent,
             "harness",
@@ -113,7 +115,8 @@ def _run_request(request: Mapping[str, Any]) -> None:
     from lm_eval.tasks import TaskManager
 
     config, path = HarnessConfig.model_validate(request["harness"]), request["path"]
-    manager = TaskManager(include_path=config.include_path)
+    own_tasks = config.include_path and os.path.expanduser(config.include_path)
+    manager = TaskManager(include_path=own_tasks)
     unknown = [task for task in config.tasks if not manager.match_tasks([task])]
     if unknown:
         raise RecipeError(
@@ -144,8 +147,6 @@ def _run_request(request: Mapping[str, Any]) -> None:
             bootstrap_iters=0,  # intervals are computed from the values, paired
             task_manager=manager,
         )
-    except PoclError:
-        raise
     except Exception as error:  # any library that a task uses may raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(

@@ -47,9 +47,13 @@ def harness_lines(run: RunDirectory, results: dict[str, Any]) -> list[str]:
         means = [entries[model].get(task, {}).get(metric) for task, metric in columns]
         rows.append([LABELS[model], *("–" if m is None else f"{100 * m:.2f}" for m in means)])
     lines = align_columns(rows, numbers=True)
-    for other in (name for name in entries if name != "student" and "student" in entries):
+    if "student" not in entries:
+        return lines
+    student = read_harness_results(run, "student")
+    for other in (name for name in entries if name != "student"):
+        before = read_harness_results(run, other)
         for task, metric in columns:
-            if (change := _compare_tasks(run, other, task, metric)) is not None:
+            if (change := _compare_tasks(before, student, task, metric)) is not None:
                 interval = f"({change.low:+.2f}..{change.high:+.2f})"
                 lines.append(
                     f"{task} {metric.removesuffix(',none')}: {LABELS['student']} minus "
@@ -58,16 +62,17 @@ def harness_lines(run: RunDirectory, results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _compare_tasks(run: RunDirectory, other: str, task: str, metric: str) -> Comparison | None:
-    """The student compared with another model on the documents of a task, in percent; None if its
-    metric has no value of each document, or there are fewer than two.
+def _compare_tasks(
+    before: HarnessResults, after: HarnessResults, task: str, metric: str
+) -> Comparison | None:
+    """Two models compared on the documents of a task, in percent; None if its metric has no value
+    of each document, or there are fewer than two.
     """
-    values = []
-    for model in (other, "student"):
-        result = read_harness_results(run, model).get(task, {"values": {}})
-        values.append(result["values"].get(metric, {}))
+    values = [
+        results.get(task, {"values": {}})["values"].get(metric, {}) for results in (before, after)
+    ]
     documents = sorted(values[0].keys() & values[1].keys())
     if len(documents) < 2:
         return None
-    before, after = (np.array([[100 * v[d]] for d in documents], float) for v in values)
-    return compare_scores(before, after)
+    a, b = (np.array([[100 * v[document]] for document in documents], float) for v in values)
+    return compare_scores(a, b)

@@ -304,20 +304,13 @@ def _validation_chart(
 
 def _domain_chart(curves: TrainingCurves, bands: Bands) -> Chart:
     """The validation loss of each domain."""
-    records = [r for r in curves.validation if "validation_loss_by_domain" in r]
+    key = "validation_loss_by_domain"
+    records = [record for record in curves.validation if key in record]
     steps = np.array([record["step"] for record in records], float)
-    domains = list(records[0]["validation_loss_by_domain"]) if records else []
-    series = [
-        curve(
-            domain,
-            f"r{i % 8}",
-            DASHES[i % 4],
-            steps,
-            np.array([r["validation_loss_by_domain"][domain] for r in records], float),
-            markers=True,
-        )
-        for i, domain in enumerate(domains)
-    ]
+    series = []
+    for i, domain in enumerate(records[0][key] if records else ()):
+        losses = np.array([record[key][domain] for record in records], float)
+        series.append(curve(domain, f"r{i % 8}", DASHES[i % 4], steps, losses, markers=True))
     return line_chart("Validation loss by domain", CROSS_ENTROPY, series, bands)
 
 

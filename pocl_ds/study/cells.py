@@ -243,13 +243,13 @@ def _check_published_benchmarks(
     """
     if study.published is None or any(o.startswith("evaluate.benchmarks") for o in overrides):
         return
-    known = cells[0].recipe.evaluate.benchmarks
+    evaluated = cells[0].recipe.evaluate.benchmarks
     for group, values in study.published.values.items():
         for benchmark in values:
-            if benchmark not in known:
+            if benchmark not in evaluated:
                 raise RecipeError(
                     f"study {study.name}: published.values of {group!r} has the benchmark "
-                    f"{benchmark!r}, which is not evaluated: {did_you_mean(benchmark, known)}"
+                    f"{benchmark!r}, which is not evaluated: {did_you_mean(benchmark, evaluated)}"
                 )
 
 

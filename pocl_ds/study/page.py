@@ -22,27 +22,37 @@ from pocl_ds.report.formatting import escape_html
 from pocl_ds.study.cells import Cell, StudyConfig
 from pocl_ds.study.learning_curves import LearningCurves, read_learning_curves
 from pocl_ds.study.run import is_finished
-from pocl_ds.study.table import Pair, read_pairs, result_lines
+from pocl_ds.study.table import Pair, read_pairs
 from pocl_ds.workflow.files import atomic_write
 
 MAX_GROUPS = 8  # curves in a chart
 WIDTH, ROW, LABELS, MARGIN = 1080, 30, 400, 24  # of the plot of effects, in pixels
 
 
-def write_study_page(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> Path | None:
+def write_study_page(
+    folder: Path, study: StudyConfig, cells: Sequence[Cell], tables: Sequence[str]
+) -> Path | None:
     """Write `study.html` to the study's folder; None while no cell is finished, and for a study of
     rankings, which trains nothing.
+
+    tables: what `result_lines` returns.
     """
     finished = [cell for cell in cells if is_finished(folder, cell)]
     if not finished or study.until == "rank":
         return None
     path = folder / "study.html"
     with atomic_write(path) as stream:
-        stream.write(_page(folder, study, cells, finished))
+        stream.write(_page(folder, study, cells, finished, tables))
     return path
 
 
-def _page(folder: Path, study: StudyConfig, cells: Sequence[Cell], finished: Sequence[Cell]) -> str:
+def _page(
+    folder: Path,
+    study: StudyConfig,
+    cells: Sequence[Cell],
+    finished: Sequence[Cell],
+    tables: Sequence[str],
+) -> str:
     charts = learning_charts(read_learning_curves(folder, finished), study)
     name, _ = MEASURES[study.measure]
     html = "".join(
@@ -58,7 +68,7 @@ def _page(folder: Path, study: StudyConfig, cells: Sequence[Cell], finished: Seq
             section("Learning by domain", chart_figures(charts, 0), anchor="learning"),
             section(
                 "Tables",
-                preformatted("\n".join(result_lines(folder, study, cells))),
+                preformatted("\n".join(tables)),
                 anchor="tables",
             ),
         ]
