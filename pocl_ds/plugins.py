@@ -16,10 +16,10 @@ A recipe lists the modules that use them in `plugins`.
     def wrong_answers(signals, *, below):
         return TokenFactors(weight=(signals.student_label_prob < below).float())
 
-    # score.metrics=[length] and ranking.strategy=length: a smaller number is easier
-    @plugins.metric("length")
-    def length(samples):
-        return [len(texts[0]) for texts in samples.references]
+    # score.metrics=[commas] and ranking.strategy=commas: a smaller number is easier
+    @plugins.metric("commas")
+    def commas(samples):
+        return [texts[0].count(",") for texts in samples.references]
 
     # ranking.strategy=shortest_id_first
     @plugins.strategy("shortest_id_first")
@@ -110,7 +110,7 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
         name,
         STRATEGIES,
         lambda: registry.STRATEGIES.append(name),
-        registry.METRICS,
+        [*registry.METRICS, *registry.OTHER_STRATEGIES],
     )
 
 
@@ -124,7 +124,11 @@ def metric(name: str) -> Callable[[Registered], Registered]:
     from pocl_ds.difficulty.plugin_metrics import METRICS
 
     return _register(
-        "metric", name, METRICS, lambda: registry.METRICS.append(name), registry.STRATEGIES
+        "metric",
+        name,
+        METRICS,
+        lambda: registry.METRICS.append(name),
+        [*registry.STRATEGIES, *registry.OTHER_STRATEGIES],
     )
 
 

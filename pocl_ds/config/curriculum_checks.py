@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, FILE_STRATEGY, TEACHER_SCORES
+from pocl_ds.config.registry import (
+    CROSS_TOKENIZER_LOSSES,
+    FILE_STRATEGY,
+    TEACHER_SCORES,
+    UNSCORED_STRATEGIES,
+)
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -31,9 +36,10 @@ def _check_ranking(recipe: Recipe) -> None:
             "ranking.strategy=difficulty reads the column `difficulty` of a file: name it in "
             "ranking.scores"
         )
-    if strategy == "random" and scores is not None:
+    if strategy in UNSCORED_STRATEGIES and scores is not None:
         raise ValueError(
-            f"ranking.scores={scores} is not used by ranking.strategy=random: remove one of them"
+            f"ranking.scores={scores} is not used by ranking.strategy={strategy}: remove one of "
+            "them"
         )
 
 
@@ -48,7 +54,7 @@ def _check_sample_weights(recipe: Recipe) -> None:
             f"{field} reads the divergence from the teacher, which the student measures when a "
             "stage begins: set curriculum.rescoring.from_stage=1"
         )
-    if rule.reads("rouge_l") and recipe.ranking.strategy in ("random", FILE_STRATEGY):
+    if rule.reads("rouge_l") and recipe.ranking.strategy in (*UNSCORED_STRATEGIES, FILE_STRATEGY):
         raise ValueError(
             f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
             "choose another strategy, such as rouge_l"
@@ -71,7 +77,10 @@ def _check_rescoring(recipe: Recipe) -> None:
                 f"{reader} needs the distributions of teacher and student over one vocabulary, "
                 f"which {problem}"
             )
-    if rescoring.reads("rouge_l") and recipe.ranking.strategy in ("random", FILE_STRATEGY):
+    if rescoring.reads("rouge_l") and recipe.ranking.strategy in (
+        *UNSCORED_STRATEGIES,
+        FILE_STRATEGY,
+    ):
         raise ValueError(
             f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
             "choose another strategy, such as fusion"

@@ -7,18 +7,20 @@ from typing import Annotated
 from pydantic import Field
 
 from pocl_ds.config.base import PositiveFloat, Section, registered_name
-from pocl_ds.config.registry import FILE_STRATEGY, METRICS, STRATEGIES
+from pocl_ds.config.registry import METRICS, OTHER_STRATEGIES, STRATEGIES
 
 
 class RankingConfig(Section):
     """The difficulty ranking, easiest sample first (docs/method.md, eq. 3)."""
 
     strategy: Annotated[
-        str, registered_name("ranking strategy", STRATEGIES, [FILE_STRATEGY], METRICS)
+        str,
+        registered_name("ranking strategy", STRATEGIES, OTHER_STRATEGIES, METRICS),
     ] = Field(
         "fusion",
         description="How to rank the samples: `fusion` (reciprocal rank fusion of ROUGE-L and "
-        "cross-entropy), `rouge_l`, `cross_entropy`, `random` (needs no scores), `difficulty` "
+        "cross-entropy), `rouge_l`, `cross_entropy`, `length` (short responses are easy) and "
+        "`random`, which need no scores, `difficulty` "
         "(the column of that name in `ranking.scores`, small values are easy), or a metric named "
         "in `score.metrics`. Plugins can register more.",
     )

@@ -25,7 +25,7 @@ from pocl_ds.config.models import ModelSource, StudentConfig, TeacherConfig
 from pocl_ds.config.policy import PolicyConfig
 from pocl_ds.config.prompt import PromptConfig
 from pocl_ds.config.ranking import RankingConfig
-from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, METRICS
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, METRICS, UNSCORED_STRATEGIES
 from pocl_ds.config.report import ReportConfig
 from pocl_ds.config.scoring import ScoreConfig
 from pocl_ds.config.teacher_cache import TeacherCacheConfig
@@ -90,7 +90,7 @@ class Recipe(Section):
     @property
     def scores_samples(self) -> bool:
         """Whether the student answers and scores the training samples."""
-        return self.ranking.strategy != "random" and self.ranking.scores is None
+        return self.ranking.strategy not in UNSCORED_STRATEGIES and self.ranking.scores is None
 
     @property
     def teacher_ranks(self) -> int:

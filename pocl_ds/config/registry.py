@@ -46,8 +46,14 @@ POLICIES: dict[str, bool] = {
 }
 # Ranking strategies (`difficulty/rank.py`).
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
+# The strategy that orders by the number of response tokens, short ones first.
+LENGTH_STRATEGY = "length"
 # The strategy that orders by the column of this name in `ranking.scores`.
 FILE_STRATEGY = "difficulty"
+# Those that order by no score of the student, and are not among STRATEGIES.
+OTHER_STRATEGIES = (LENGTH_STRATEGY, FILE_STRATEGY)
+# Those that need no answers of the student.
+UNSCORED_STRATEGIES = ("random", LENGTH_STRATEGY)
 # Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
 # strategy as well.
 METRICS: list[str] = []

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import RankingConfig
-from pocl_ds.config.registry import FILE_STRATEGY, METRICS
+from pocl_ds.config.registry import FILE_STRATEGY, LENGTH_STRATEGY, METRICS
 from pocl_ds.curriculum.ranking import id_as_text, random_order, rank_by_difficulty, tied_fraction
 from pocl_ds.data.split_sources import read_split_sources
 from pocl_ds.data.tokenized import TokenizedSplit
@@ -52,30 +52,13 @@ def write_ranking(
         info = {"strategy": "random", "seconds": time.monotonic() - start}
         return _write_files(run, order, split, {}, info, fingerprint)
 
-    # A file's own measure of difficulty is ranked alone.
+    # The length, and a file's own measure of difficulty, are ranked alone.
     score_file = None if config.scores is None else Path(config.scores).expanduser()
+    if config.strategy == LENGTH_STRATEGY:
+        return _rank_by_one(run, split, config, split.loss_tokens, fingerprint)
     if score_file is not None and config.strategy == FILE_STRATEGY:
         (difficulty,) = read_score_file(score_file, split, score_columns(FILE_STRATEGY))
-        unknown = np.zeros(len(split))
-        ranking = rank_by_difficulty(
-            unknown,
-            unknown,
-            split.ids,
-            strategy=FILE_STRATEGY,
-            reverse=config.reverse,
-            metrics={FILE_STRATEGY: difficulty},
-        )
-        log.info("ranked %d samples by the difficulty in %s", len(split), score_file)
-        info = {
-            "strategy": FILE_STRATEGY,
-            "reverse": config.reverse,
-            "scores": str(score_file),
-            "tied_fraction": {FILE_STRATEGY: tied_fraction(difficulty)},
-            "seconds": time.monotonic() - start,
-        }
-        return _write_files(
-            run, ranking.order, split, {FILE_STRATEGY: difficulty}, info, fingerprint
-        )
+        return _rank_by_one(run, split, config, difficulty, fingerprint)
 
     # Join the scores, and warn about a metric with many equal values.
     metric_names = [config.strategy] if config.strategy in METRICS else []
@@ -126,6 +109,36 @@ def write_ranking(
     log.info(message, len(split), config.strategy, *means)
     info["seconds"] = time.monotonic() - start
     return _write_files(run, ranking.order, split, columns, info, fingerprint)
+
+
+def _rank_by_one(
+    run: RunDirectory,
+    split: TokenizedSplit,
+    config: RankingConfig,
+    difficulty: NDArray[Any],
+    fingerprint: str,
+) -> Manifest:
+    """Order by one measure of difficulty, [samples] by row of data/train; small is easy."""
+    start, unknown = time.monotonic(), np.zeros(len(split))
+    metrics = {config.strategy: difficulty.astype(np.float64)}
+    ranking = rank_by_difficulty(
+        unknown,
+        unknown,
+        split.ids,
+        strategy=config.strategy,
+        reverse=config.reverse,
+        metrics=metrics,
+    )
+    source = f" in {config.scores}" if config.scores else ""
+    log.info("ranked %d samples by the %s%s", len(split), config.strategy, source)
+    info = {
+        "strategy": config.strategy,
+        "reverse": config.reverse,
+        "scores": config.scores,
+        "tied_fraction": {config.strategy: tied_fraction(difficulty)},
+        "seconds": time.monotonic() - start,
+    }
+    return _write_files(run, ranking.order, split, metrics, info, fingerprint)
 
 
 def _write_files(

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config.registry import FILE_STRATEGY
+from pocl_ds.config.registry import FILE_STRATEGY, LENGTH_STRATEGY, UNSCORED_STRATEGIES
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.evaluation.tables import markdown_table
 from pocl_ds.runtime.formatting import code_block, inline_code
@@ -119,7 +119,7 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     has_curriculum = len(plan["stages"]) > 1
     is_pocl = (
         plan["scheduler"] == "baby_step"
-        and ranking["strategy"] not in ("random", FILE_STRATEGY)
+        and ranking["strategy"] not in (*UNSCORED_STRATEGIES, FILE_STRATEGY)
         and not ranking["reverse"]
     )
     curriculum = (
@@ -208,6 +208,8 @@ def _order(ranking: dict[str, Any]) -> str:
     hardest_first = ", hardest first" if ranking["reverse"] else ""
     if ranking["strategy"] == FILE_STRATEGY:
         return f"by a difficulty that was computed elsewhere{hardest_first}"
+    if ranking["strategy"] == LENGTH_STRATEGY:
+        return f"by the length of the response{hardest_first}"
     return f"by `{ranking['strategy']}` difficulty{hardest_first}"
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import ReportConfig
-from pocl_ds.config.registry import FILE_STRATEGY
+from pocl_ds.config.registry import FILE_STRATEGY, LENGTH_STRATEGY
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report.history import JobHistory, StepCost, read_job_history, read_step_costs
 from pocl_ds.report.items import BenchmarkItems, Item, read_benchmark_items
@@ -50,6 +50,12 @@ COLUMNS = (
     "seconds",
     *STEP_PARTS,
 )
+# Ranking strategy that needs no scores -> what the order follows.
+NOT_SCORED = {
+    "random": "The order is random",
+    LENGTH_STRATEGY: "The order follows the length of the responses",
+    FILE_STRATEGY: "The order follows the difficulty in a file (ranking.scores)",
+}
 # Model -> its label, in the order of tables and examples.
 MODEL_LABELS = {
     "initial": "student before",
@@ -240,14 +246,9 @@ def _read_difficulty(
         )
         return
     info = summary.manifests["rank"].info
-    if info.get("strategy") == "random":
+    if reason := NOT_SCORED.get(info.get("strategy", "")):
         summary.missing.append(
-            "The order is random: no sample was scored, so difficulty is not shown."
-        )
-    elif info.get("strategy") == FILE_STRATEGY:
-        summary.missing.append(
-            "The order follows the difficulty in a file (ranking.scores): no sample was scored, so "
-            "ROUGE-L and cross-entropy are not shown."
+            f"{reason}: no sample was scored, so ROUGE-L and cross-entropy are not shown."
         )
     else:
         summary.ranking = _read_ranking(run, summary.plan, info)

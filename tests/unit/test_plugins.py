@@ -212,7 +212,7 @@ def test_errors_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None
     )
     with pytest.raises(RecipeError, match="there is a divergence 'fkl' already"):
         check_recipe(recipe("clashing"))
-    for kind, name in (("metric", "fusion"), ("strategy", "words")):
+    for kind, name in (("metric", "fusion"), ("strategy", "words"), ("metric", "length")):
         (tmp_path / f"clashing_{kind}.py").write_text(
             f"from pocl_ds import plugins\nplugins.{kind}('{name}')(print)\n"
         )

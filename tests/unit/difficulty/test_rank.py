@@ -90,6 +90,21 @@ def _rank(run: RunDirectory, fingerprint: str = "f", **config: Any) -> Any:
     return write_ranking(run, RankingConfig(**config), seed=4, fingerprint=fingerprint)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_length_ranks_without_scores(tmp_path: Path, reverse: bool) -> None:
+    """Short responses first; equal ones by id."""
+    run, loss_tokens = RunDirectory(tmp_path), {"d": 2, "b": 1, "a": 4, "c": 2}
+    run.data.mkdir(parents=True)
+    tokens = [[0] * (3 + count) for count in loss_tokens.values()]
+    save_split(run.data, "train", list(loss_tokens), tokens, [3] * len(tokens))
+    manifest = _rank(run, strategy="length", reverse=reverse)
+    expected = ["b", "c", "d", "a"][:: -1 if reverse else 1]
+    table = pq.read_table(run.ranking / "ranking.parquet").to_pydict()
+    assert table == {"id": expected, "length": [loss_tokens[name] for name in expected]}
+    assert manifest.info["strategy"] == "length"
+    assert manifest.info["tied_fraction"] == {"length": 0.5}
+
+
 @pytest.mark.parametrize(("shards", "lines"), [(1, 1), (1, 7), (4, 100_000)])
 @pytest.mark.parametrize(
     "config", [{}, {"strategy": "rouge_l", "reverse": True}, {"strategy": "cross_entropy", "k": 1}]
@@ -214,29 +229,29 @@ def test_a_third_of_ties_gives_no_warning(
 
 
 @pytest.fixture
-def length() -> Iterator[None]:
-    """Register a metric `length`, as a plugin does."""
-    registry.METRICS.append("length")
+def commas() -> Iterator[None]:
+    """Register a metric `commas`, as a plugin does."""
+    registry.METRICS.append("commas")
     yield
-    registry.METRICS.remove("length")
+    registry.METRICS.remove("commas")
 
 
 def test_plugin_metric_orders_and_is_stored(
-    run: RunDirectory, rows: list[Row], length: None
+    run: RunDirectory, rows: list[Row], commas: None
 ) -> None:
     path = write_shard(run, rows, 0, 1)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     path.write_text(
         "".join(
-            json.dumps({**line, "metrics": {"length": i % 7}}) + "\n"
+            json.dumps({**line, "metrics": {"commas": i % 7}}) + "\n"
             for i, line in enumerate(lines)
         )
     )
     seal(path.with_name(f"{path.name}.manifest.json"))
-    _rank(run, strategy="length")
+    _rank(run, strategy="commas")
     expected_order = sorted(range(60), key=lambda i: (i % 7, rows[i][2]))
     assert np.load(run.ranking / "order.npy").tolist() == expected_order
-    assert pq.read_table(run.ranking / "ranking.parquet")["length"].to_pylist() == [
+    assert pq.read_table(run.ranking / "ranking.parquet")["commas"].to_pylist() == [
         i % 7 for i in expected_order
     ]
 

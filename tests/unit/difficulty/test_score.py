@@ -359,15 +359,15 @@ def test_errors_name_their_cause(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def length_metric(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A metric `length`: the references' tokens."""
+    """A metric `tokens`: the references' tokens."""
     monkeypatch.setitem(
         METRICS,
-        "length",
+        "tokens",
         lambda samples: [len(values) for values in samples.log_probs],
     )
-    registry.METRICS.append("length")
-    yield "length"
-    registry.METRICS.remove("length")
+    registry.METRICS.append("tokens")
+    yield "tokens"
+    registry.METRICS.remove("tokens")
 
 
 def test_plugin_metric_is_scored(tiny_llama: Path, tmp_path: Path, length_metric: str) -> None:
