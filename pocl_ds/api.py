@@ -15,6 +15,7 @@ from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
 from pocl_ds.errors import DataError, ModelError, StepFailedError
 from pocl_ds.workflow.files import atomic_directory, atomic_write, read_json
+from pocl_ds.workflow.fork_server import ForkServer
 from pocl_ds.workflow.pipeline import run_pipeline
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import check_is_run_directory
@@ -53,7 +54,9 @@ def run(recipe: Recipe | str | Path, run_dir: str | Path) -> RunResult:
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(str(recipe))
     directory = RunDirectory(run_dir)
-    if code := run_pipeline(recipe, directory):
+    with ForkServer() as server:
+        code = run_pipeline(recipe, directory, server)
+    if code:
         raise StepFailedError(
             f"the run stopped with exit code {code}: the failed step printed why, see "
             f"{directory.logs}",

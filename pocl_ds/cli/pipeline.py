@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -174,9 +175,12 @@ def run(
             f"RANK={rank} makes this process one of several ranks, which `pocl run` starts itself: "
             f"unset RANK and WORLD_SIZE"
         )
+    from pocl_ds.workflow.fork_server import ForkServer
     from pocl_ds.workflow.pipeline import run_pipeline
 
-    if (code := run_pipeline(resolved, directory, until=until)) == 0 and until == STEP_NAMES[-1]:
+    with ForkServer() as server:
+        code = run_pipeline(resolved, directory, server, until=until)
+    if code == 0 and until == STEP_NAMES[-1]:
         show_results(directory)
     return code
 
@@ -211,9 +215,9 @@ def run_step_command(
 
     # This process is one rank of a step that a parent process started.
     if "RANK" in os.environ:
-        if rank == 0:
-            log_to_file(run.logs / f"{name}.log")
-        run_rank(name, recipe, run, request)
+        log = log_to_file(run.logs / f"{name}.log") if rank == 0 else contextlib.nullcontext()
+        with log:
+            run_rank(name, recipe, run, request)
         return 0
 
     # A command that the user started; a child of `pocl run` relies on the lock of its parent.
@@ -241,8 +245,8 @@ def _run_here(step: Step, recipe: Recipe, run: RunDirectory, request: StepReques
     from pocl_ds.runtime.logs import log_to_file
     from pocl_ds.workflow.pipeline import run_in_process
 
-    log_to_file(run.logs / f"{step.name}.log")
-    run_in_process(step.name, recipe, run, request)
+    with log_to_file(run.logs / f"{step.name}.log"):
+        run_in_process(step.name, recipe, run, request)
     return 0
 
 

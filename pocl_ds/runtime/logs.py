@@ -5,11 +5,14 @@ Rank 0 logs everything; the other ranks log warnings and errors, with their numb
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from pocl_ds.errors import PoclError
 from pocl_ds.runtime.credentials import redact
 from pocl_ds.workflow.files import explain_disk_errors
 
@@ -69,8 +72,11 @@ def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def log_to_file(path: Path) -> None:
-    """Append the log to a file too, which `pocl watch` and `pocl logs` read."""
+@contextlib.contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Within the block append the log to a file too, which `pocl watch` and `pocl logs` read. If an
+    error ends the block, the file also gets the error, with a traceback unless the user caused it.
+    """
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _FileHandler(path, encoding="utf-8")
@@ -78,11 +84,26 @@ def log_to_file(path: Path) -> None:
         _RedactingFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     )
     log.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        defect = None if isinstance(error, PoclError) else error
+        _write(handler, logging.ERROR, str(error), defect)
+        raise
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):  # of lines that it could not write, and has warned of
+            handler.close()
 
 
 def log_to_files_only(line: str) -> None:
     """Write a line to the log files but not to stderr, where a progress bar shows the same."""
-    record = log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None)
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
+            _write(handler, logging.INFO, line)
+
+
+def _write(handler: logging.Handler, level: int, line: str, error: Exception | None = None) -> None:
+    """Write a line to one handler, with the traceback of an error."""
+    trace = (type(error), error, error.__traceback__) if error else None
+    handler.handle(log.makeRecord(log.name, level, __file__, 0, "%s", (line,), trace))

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pocl_ds.config.recipe_file import dump_recipe
-from pocl_ds.errors import EXIT_RESUME, ArtifactError, Interrupted
-from pocl_ds.resources import module_command
+from pocl_ds.errors import EXIT_RESUME, ArtifactError, Interrupted, PoclError
 from pocl_ds.study.cells import Cell
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors
 from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.fork_server import ForkServer
 from pocl_ds.workflow.locks import LockTakenError, hold_lock
-from pocl_ds.workflow.processes import run_process
+from pocl_ds.workflow.pipeline import run_pipeline
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
 from pocl_ds.workflow.steps import fingerprints
@@ -67,15 +67,16 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
     waits for expensive steps that others compute. Raises ArtifactError if a cell fails, Interrupted
     if one is stopped.
     """
-    while ready := ready_cells(folder, cells):
-        for cell in ready:
-            if _run_unless_taken(folder, cell, cells):
-                break
-        else:
-            time.sleep(POLL_SECONDS)
+    with ForkServer() as server:
+        while ready := ready_cells(folder, cells):
+            for cell in ready:
+                if _run_unless_taken(folder, cell, cells, server):
+                    break
+            else:
+                time.sleep(POLL_SECONDS)
 
 
-def _run_unless_taken(folder: Path, cell: Cell, cells: Sequence[Cell]) -> bool:
+def _run_unless_taken(folder: Path, cell: Cell, cells: Sequence[Cell], server: ForkServer) -> bool:
     """Run a cell, and return False if another process runs it or has finished it."""
     run = cell_directory(folder, cell)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -83,13 +84,13 @@ def _run_unless_taken(folder: Path, cell: Cell, cells: Sequence[Cell]) -> bool:
         with hold_lock(folder / f".{cell.name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
             if is_finished(folder, cell):
                 return False
-            _run_cell(folder, cell, cells)
+            _run_cell(folder, cell, cells, server)
             return True
     except LockTakenError:
         return False
 
 
-def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell]) -> None:
+def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell], server: ForkServer) -> None:
     run = cell_directory(folder, cell)
     # Reuse results of other cells, then run the missing steps.
     with lock_run_directory(run):
@@ -98,8 +99,12 @@ def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell]) -> None:
     note = f" (reuses {', '.join(reused)})" if reused else ""
     finished = sum(is_finished(folder, other) for other in cells)
     log.info("study: %d of %d finished, running %s%s", finished, len(cells), cell.name, note)
-    command = module_command("pocl_ds.cli.main")
-    code = run_process([*command, "run", "--run-dir", str(run.path), "--until", cell.until])
+    try:
+        code = run_pipeline(cell.recipe, run, server, until=cell.until)
+    except Interrupted as error:  # a signal ended a step that could not handle it
+        raise Interrupted(f"cell {cell.name}: {error}", exit_code=error.exit_code) from None
+    except PoclError as error:
+        raise ArtifactError(f"cell {cell.name}: {error}") from None
 
     # A stopped or failing cell ends the study.
     if code in (128 + signal.SIGINT, EXIT_RESUME):

@@ -36,15 +36,21 @@ COMMAND = "pocl_ds.cli.main"
 SIGNAL_CODES = 128  # exit codes from here on: a signal ended the step
 
 
-def run_pipeline(recipe: Recipe, run: RunDirectory, *, until: str = STEP_NAMES[-1]) -> int:
+def run_pipeline(
+    recipe: Recipe,
+    run: RunDirectory,
+    server: ForkServer,
+    *,
+    until: str = STEP_NAMES[-1],
+) -> int:
     """Run every unfinished step in order, up to and including `until`. Returns 0, or the exit code
     of the step that failed; that step logs why.
 
-    Raises PoclError if the run directory belongs to another recipe or another process.
+    server: runs what needs no ranks; several runs may share it. Raises PoclError if the run
+    directory belongs to another recipe or another process.
     """
-    with lock_run_directory(run), ForkServer() as server:
+    with lock_run_directory(run), log_to_file(run.logs / "run.log"):
         record_recipe(run, recipe)
-        log_to_file(run.logs / "run.log")
         finished = finished_steps(run, recipe, checksums=True)
         steps = enabled_steps(recipe, until)
         for step in steps:

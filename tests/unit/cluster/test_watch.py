@@ -123,13 +123,14 @@ def test_progress_on_a_terminal_is_kept_in_the_log_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup_logging()
-    log_to_file(tmp_path / "logs" / "score.log")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
     monkeypatch.setattr("sys.stderr.fileno", lambda: 2)
-    with Progress(2, "samples", "score") as progress:
-        progress.last_shown -= 1
-        progress.advance(2)
-    logging.getLogger("pocl_ds").warning("at last")
-    lines = (tmp_path / "logs" / "score.log").read_text().splitlines()
+    path = tmp_path / "logs" / "score.log"
+    with log_to_file(path):
+        with Progress(2, "samples", "score") as progress:
+            progress.last_shown -= 1
+            progress.advance(2)
+        logging.getLogger("pocl_ds").warning("at last")
+    lines = path.read_text().splitlines()
     assert "score  2/2 samples" in lines[0] and lines[-1].endswith("WARNING at last")

@@ -213,13 +213,13 @@ def test_key_files_and_short_values_are_not_redacted(
 
 def test_logs_are_redacted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
-    log_to_file(tmp_path / "log")
     log = logging.getLogger("pocl_ds")
-    log.info("a header %s, an address %s", f"Bearer {PLANTED}-HF_TOKEN", ADDRESS)
-    try:
-        raise ValueError(f"{TOKEN} is refused")
-    except ValueError:
-        log.exception("the Hub")
+    with log_to_file(tmp_path / "log"):
+        log.info("a header %s, an address %s", f"Bearer {PLANTED}-HF_TOKEN", ADDRESS)
+        try:
+            raise ValueError(f"{TOKEN} is refused")
+        except ValueError:
+            log.exception("the Hub")
     for text in (capsys.readouterr().err, (tmp_path / "log").read_text()):
         assert (
             "Bearer ***, an address https://***@example.org" in text

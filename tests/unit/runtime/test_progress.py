@@ -96,13 +96,15 @@ def terminal(monkeypatch: pytest.MonkeyPatch, term: str = "xterm") -> Iterator[T
 
 def test_bars_of_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two bars share the terminal; log lines are printed above them; the log file has no bar."""
-    with terminal(monkeypatch) as screen:
-        log_to_file(tmp_path / "log")
-        with Progress(2, "steps", "train") as outer:
-            with Progress(4, "responses", "rollout") as inner:
-                inner.advance(4)
-            log.info("a line of the log")
-            outer.advance(2, loss=0.5)
+    with (
+        terminal(monkeypatch) as screen,
+        log_to_file(tmp_path / "log"),
+        Progress(2, "steps", "train") as outer,
+    ):
+        with Progress(4, "responses", "rollout") as inner:
+            inner.advance(4)
+        log.info("a line of the log")
+        outer.advance(2, loss=0.5)
     assert "━" in screen.text and "a line of the log" in screen.text
     text = (tmp_path / "log").read_text()
     for line in ("rollout  4/4 responses", "train  2/2 steps"):
@@ -125,16 +127,15 @@ def test_progress_survives_a_closed_terminal(
     monkeypatch.setattr(module, "TERMINAL_INTERVAL", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     setup_logging()
-    log_to_file(tmp_path / "log")
     try:
-        with Progress(3, "steps", "train") as progress:
+        with log_to_file(tmp_path / "log"), Progress(3, "steps", "train") as progress:
             progress.advance()
             os.close(main)
             with pytest.raises(OSError, match="Input/output"):
                 print("lost", file=terminal, flush=True)
             progress.advance()
             progress.advance()
-        log.info("the end")
+            log.info("the end")
     finally:
         monkeypatch.undo()
         with suppress(OSError):

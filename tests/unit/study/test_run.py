@@ -174,8 +174,10 @@ def test_a_failing_cell_ends_the_study(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(study_run, "run_process", lambda command: started.append(command) or code)
+    started: list[Path] = []
+    monkeypatch.setattr(
+        study_run, "run_pipeline", lambda _, run, *__, **___: started.append(run.path) or code
+    )
     with pytest.raises(error, match=words) as exc_info:
         run_cells(tmp_path, read_cells(tree, tmp_path))
     assert len(started) == 1 and exc_info.value.exit_code == (code if error is Interrupted else 2)

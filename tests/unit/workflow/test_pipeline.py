@@ -142,10 +142,10 @@ def test_a_failed_evaluation_costs_no_export(
     monkeypatch.setattr(pipeline, "run_step", run_step)
     run, config = finished_training
     expected = {0: ["evaluate", "export", "report"], 2: ["evaluate", "export"], 143: ["evaluate"]}
-    assert pipeline.run_pipeline(config, run) == code
+    assert pipeline.run_pipeline(config, run, ForkServer()) == code
     assert started == expected[code]  # a signal ends the pipeline
     assert ("exporting the student without its results" in caplog.text) == (code == 2)
-    assert pipeline.run_pipeline(config, run, until="evaluate") == code
+    assert pipeline.run_pipeline(config, run, ForkServer(), until="evaluate") == code
     assert started[-1] == "evaluate"
 
 
@@ -161,5 +161,5 @@ def test_a_missing_test_split_is_told_before_training(
     )
     run, config = finished_training
     (run.train / "manifest.json").unlink()
-    assert pipeline.run_pipeline(config, run, until="train") == 0
+    assert pipeline.run_pipeline(config, run, ForkServer(), until="train") == 0
     assert warned == [True]
