@@ -125,7 +125,7 @@ def _registered_names() -> dict[str, list[str]]:
         "loss.name": list(registry.LOSSES),
         "loss.token_rule.name": list(registry.TOKEN_RULES),
         "policy.name": list(registry.POLICIES),
-        "ranking.strategy": [*registry.STRATEGIES, registry.FILE_STRATEGY],
+        "ranking.strategy": [*registry.STRATEGIES, *registry.OTHER_STRATEGIES],
     }
 
 

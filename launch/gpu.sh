@@ -4,7 +4,7 @@
 #
 #   launch/gpu.sh [--dry-run] [--parts NAME,...] [--output DIR] [WHEEL_DIR...]
 #
-# Results: DIR/results.json, and DIR/results.md, a page for docs/results.md. DIR is $OUT, else runs/gpu. Each part has its own time
+# Results: DIR/results.json, and DIR/results.md, a page for docs/results/speed.md. DIR is $OUT, else runs/gpu. Each part has its own time
 # limit and log; a fault in one leaves the others running. A second call runs the parts without a result; --parts runs the named ones
 # again (`steps` names all that begin with it). PYTHON names the interpreter (default: .venv's, then python3); it needs torch and
 # transformers. WHEEL_DIR is a folder with wheels of the packages that it lacks (deepspeed, datasets, rouge-score, liger-kernel, trl,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pocl_ds.config.registry import (
     CROSS_TOKENIZER_LOSSES,
     FILE_STRATEGY,
+    STRATEGIES_WITHOUT_ROUGE_L,
     TEACHER_SCORES,
     UNSCORED_STRATEGIES,
 )
@@ -54,7 +55,7 @@ def _check_sample_weights(recipe: Recipe) -> None:
             f"{field} reads the divergence from the teacher, which the student measures when a "
             "stage begins: set curriculum.rescoring.from_stage=1"
         )
-    if rule.reads("rouge_l") and recipe.ranking.strategy in (*UNSCORED_STRATEGIES, FILE_STRATEGY):
+    if rule.reads("rouge_l") and recipe.ranking.strategy in STRATEGIES_WITHOUT_ROUGE_L:
         raise ValueError(
             f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
             "choose another strategy, such as rouge_l"
@@ -77,10 +78,7 @@ def _check_rescoring(recipe: Recipe) -> None:
                 f"{reader} needs the distributions of teacher and student over one vocabulary, "
                 f"which {problem}"
             )
-    if rescoring.reads("rouge_l") and recipe.ranking.strategy in (
-        *UNSCORED_STRATEGIES,
-        FILE_STRATEGY,
-    ):
+    if rescoring.reads("rouge_l") and recipe.ranking.strategy in STRATEGIES_WITHOUT_ROUGE_L:
         raise ValueError(
             f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
             "choose another strategy, such as fusion"

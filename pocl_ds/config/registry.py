@@ -54,6 +54,7 @@ FILE_STRATEGY = "difficulty"
 OTHER_STRATEGIES = (LENGTH_STRATEGY, FILE_STRATEGY)
 # Those that need no answers of the student.
 UNSCORED_STRATEGIES = ("random", LENGTH_STRATEGY)
+STRATEGIES_WITHOUT_ROUGE_L = (*UNSCORED_STRATEGIES, FILE_STRATEGY)
 # Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
 # strategy as well.
 METRICS: list[str] = []

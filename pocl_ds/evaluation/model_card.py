@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config.registry import FILE_STRATEGY, LENGTH_STRATEGY, UNSCORED_STRATEGIES
+from pocl_ds.config.registry import FILE_STRATEGY, LENGTH_STRATEGY, STRATEGIES_WITHOUT_ROUGE_L
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.evaluation.tables import markdown_table
 from pocl_ds.runtime.formatting import code_block, inline_code
@@ -119,7 +119,7 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     has_curriculum = len(plan["stages"]) > 1
     is_pocl = (
         plan["scheduler"] == "baby_step"
-        and ranking["strategy"] not in (*UNSCORED_STRATEGIES, FILE_STRATEGY)
+        and ranking["strategy"] not in STRATEGIES_WITHOUT_ROUGE_L
         and not ranking["reverse"]
     )
     curriculum = (

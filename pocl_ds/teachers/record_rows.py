@@ -2,8 +2,8 @@
 
 The ids of a record ascend, so that their differences are small: those of all tokens of a row are
 split into planes of bytes and compressed by zstd. Numbers and distances are stored as they are,
-since they hardly shrink (docs/results.md). Unused slots of a record repeat its last id; they are
-not stored.
+since they hardly shrink (docs/results/speed.md). Unused slots of a record repeat its last id; they
+are not stored.
 
 Shapes: n tokens, m ids in a record.
 """
