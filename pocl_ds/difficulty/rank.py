@@ -59,8 +59,20 @@ def write_ranking(
     if score_file is not None and config.strategy == FILE_STRATEGY:
         (difficulty,) = read_score_file(score_file, split, score_columns(FILE_STRATEGY))
         return _rank_by_one(run, split, config, difficulty, fingerprint)
+    return _rank_by_scores(run, split, config, score_file, seed, fingerprint)
 
+
+def _rank_by_scores(
+    run: RunDirectory,
+    split: TokenizedSplit,
+    config: RankingConfig,
+    score_file: Path | None,
+    seed: int,
+    fingerprint: str,
+) -> Manifest:
+    """Order by ROUGE-L, cross-entropy and a metric. score_file: in place of the step `score`."""
     # Join the scores, and warn about a metric with many equal values.
+    start = time.monotonic()
     metric_names = [config.strategy] if config.strategy in METRICS else []
     if score_file is not None:
         names = score_columns(config.strategy)

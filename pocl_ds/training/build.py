@@ -110,81 +110,35 @@ def build_trainer(
     if training.policy.on_policy:
         check_rollout_backend(training, splits.train)
 
-    # Check memory, vocabularies and tokens before a model is loaded.
-    check_memory(_memory_demand(training, splits))
-    vocab = align_vocabularies(training)
-    _check_tokens(training, splits, vocab)
-    _check_chunk_memory(training, vocab)
-    student_source = training.student.model_copy(update={"model": training.student_path})
-    for source in (student_source, *training.online_teachers):
-        config = read_model_config(source.model, source)
-        check_heads(config, training.train.sequence_parallel_size)
-
     # Load the teacher, then the student. A teacher with ranks of its own loads at the same time.
-    has_own_ranks = bool(training.teacher and training.teacher.placement == "own_ranks")
+    vocab = _check_before_loading(training, splits)
     cached_splits = [splits.train, splits.validation]
     teacher = build_teacher(run, training, cached_splits, vocab, load)
     engine = _build_engine(training, vocab, load)
-    student: Any = engine.module
-    training_models = TrainingModels(engine, teacher)
-    training_models.wait_for_teachers()
+    models = TrainingModels(engine, teacher)
+    models.wait_for_teachers()
 
-    # Choose the layout of micro-batches, and assemble the data and the schedule.
+    # Order the samples, choose the layout of micro-batches, and assemble the data.
     lengths = np.asarray(splits.train.total_tokens, np.int64)
     sampler = Sampler(
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
+    student: Any = engine.module
     teacher_models = models_for_layout(training, teacher)
-    models = [student.model, *teacher_models]
-    layout = choose_layout(training.train, sampler, lengths, models)
+    layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
     if layout.packed:
         _log_kernels([student.model, *loaded_models(teacher)])
         if isinstance(teacher, StageTeachers):
             teacher.on_load.append(lambda loaded, _: _log_kernels(loaded_models(loaded)))
     flops = flops_of_training(training)
-    data = _training_data(training, splits, layout, flops)
-    data.validation_domains = read_split_domains(run.data, "validation")
-    data.thought_weights = _thought_weights(training)
-    if isinstance(teacher, DomainTeachers):
-        data.teacher_of_row = teacher.model_of_row
+    data = _training_data(run, training, splits, layout, flops, models)
     data.teacher_reader = build_teacher_reader(run, training, teacher, teacher_models, vocab)
-    if has_own_ranks:
-        ahead = teacher_client().schedule.requests_ahead
-        data.teacher_requests = TeacherRequests(training_models.remote_teacher_of, ahead)
-    rescoring = training.rescoring
-    first_ranked_stage = rescoring.from_stage - 1 if rescoring else math.inf
-    # Batches with cached outputs, or outputs that are requested early, are made while the teacher
-    # of their stage is open.
-    schedule = TrainingSchedule(
-        training.plan,
-        sampler,
-        training.train,
-        first_ranked_stage,
-        prepares_next_stage=not (
-            isinstance(teacher, StageTeachers) and (training.teacher_cache or has_own_ranks)
-        ),
-    )
+
     monitor = TrainingMonitor(training.directory, training.label, training.train)
-    stage_ranking = None
-    if rescoring:
-        stage_ranking = StageRanking(
-            rescoring,
-            training.sample_weights,
-            read_scores(run, seed=training.seed),
-            sampler,
-            training_models,
-            data,
-            training.loss,
-            monitor,
-            runs_teacher=rescoring_runs_teacher(
-                rescoring, training.sample_weights, training.loss, training.teacher
-            ),
-            fingerprint=training.fingerprint,
-        )
     return Trainer(
-        training_models,
+        models,
         data,
-        schedule,
+        _training_schedule(training, sampler, teacher),
         training.loss,
         _response_source(training, engine, splits.train, vocab),
         Checkpoints(
@@ -195,8 +149,65 @@ def build_trainer(
         ),
         monitor,
         measure_utilization(training, flops),
-        stage_ranking,
+        _stage_ranking(run, training, sampler, models, data, monitor),
     )
+
+
+def _check_before_loading(training: TrainingRun, splits: _Splits) -> VocabMap:
+    """Check memory, vocabularies and tokens before a model is loaded."""
+    check_memory(_memory_demand(training, splits))
+    vocab = align_vocabularies(training)
+    _check_tokens(training, splits, vocab)
+    _check_chunk_memory(training, vocab)
+    student = training.student.model_copy(update={"model": training.student_path})
+    for source in (student, *training.online_teachers):
+        config = read_model_config(source.model, source)
+        check_heads(config, training.train.sequence_parallel_size)
+    return vocab
+
+
+def _training_schedule(training: TrainingRun, sampler: Sampler, teacher: Any) -> TrainingSchedule:
+    rescoring = training.rescoring
+    # Batches with cached outputs, or outputs that are requested early, are made while the teacher
+    # of their stage is open.
+    made_early = bool(training.teacher_cache or _has_own_ranks(training))
+    return TrainingSchedule(
+        training.plan,
+        sampler,
+        training.train,
+        rescoring.from_stage - 1 if rescoring else math.inf,
+        prepares_next_stage=not (isinstance(teacher, StageTeachers) and made_early),
+    )
+
+
+def _stage_ranking(
+    run: RunDirectory,
+    training: TrainingRun,
+    sampler: Sampler,
+    models: TrainingModels,
+    data: TrainingData,
+    monitor: TrainingMonitor,
+) -> StageRanking | None:
+    """What ranks the samples again when a stage begins."""
+    rescoring, weights = training.rescoring, training.sample_weights
+    if not rescoring:
+        return None
+    return StageRanking(
+        rescoring,
+        weights,
+        read_scores(run, seed=training.seed),
+        sampler,
+        models,
+        data,
+        training.loss,
+        monitor,
+        runs_teacher=rescoring_runs_teacher(rescoring, weights, training.loss, training.teacher),
+        fingerprint=training.fingerprint,
+    )
+
+
+def _has_own_ranks(training: TrainingRun) -> bool:
+    return bool(training.teacher and training.teacher.placement == "own_ranks")
 
 
 def _log_kernels(models: Sequence[Any]) -> None:
@@ -205,9 +216,14 @@ def _log_kernels(models: Sequence[Any]) -> None:
 
 
 def _training_data(
-    training: TrainingRun, splits: _Splits, layout: Layout, flops: SampleFlops | None
+    run: RunDirectory,
+    training: TrainingRun,
+    splits: _Splits,
+    layout: Layout,
+    flops: SampleFlops | None,
+    models: TrainingModels,
 ) -> TrainingData:
-    return TrainingData(
+    data = TrainingData(
         splits.train,
         splits.validation if len(splits.validation) else None,
         layout,
@@ -216,6 +232,14 @@ def _training_data(
         teacher_responses=splits.teacher_responses,
         sample_flops=flops,
     )
+    data.validation_domains = read_split_domains(run.data, "validation")
+    data.thought_weights = _thought_weights(training)
+    if isinstance(models.teacher, DomainTeachers):
+        data.teacher_of_row = models.teacher.model_of_row
+    if _has_own_ranks(training):
+        ahead = teacher_client().schedule.requests_ahead
+        data.teacher_requests = TeacherRequests(models.remote_teacher_of, ahead)
+    return data
 
 
 def _thought_weights(training: TrainingRun) -> ThoughtWeights | None:
