@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from pocl_ds.cli.parameters import (
     RunDirOption,
     RunDirsOption,
     add_panel,
+    check_model_names,
     existing_run,
     join_words,
     read_recipe,
@@ -147,7 +148,7 @@ def _models_to_compare(
 
     Raises RecipeError unless this names two different models.
     """
-    from pocl_ds.errors import RecipeError, did_you_mean
+    from pocl_ds.errors import RecipeError
     from pocl_ds.evaluation.compare_models import ComparedModel
 
     if len(paths) > 2:
@@ -158,11 +159,7 @@ def _models_to_compare(
             "for example --models baseline student"
         )
     names = pair or (model, model)
-    model_names = list(get_args(ModelName))
-    if unknown := next((name for name in names if name not in model_names), None):
-        raise RecipeError(
-            f"--models {unknown}: there is no such model: {did_you_mean(unknown, model_names)}"
-        )
+    check_model_names("--models", names)
     runs = [existing_run(path) for path in paths] * (3 - len(paths))
     if runs[0].path.resolve() == runs[1].path.resolve() and names[0] == names[1]:
         raise RecipeError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -185,6 +185,18 @@ def existing_run(path: Path) -> RunDirectory:
     if not path.is_dir():
         raise ArtifactError(f"{path} is not a run directory: check the path")
     return RunDirectory(path)
+
+
+def check_model_names(option: str, names: Iterable[str]) -> None:
+    """Raise RecipeError for a name that is no model of a run. option: that has the names."""
+    from pocl_ds.errors import RecipeError, did_you_mean
+
+    known = get_args(ModelName)
+    for name in names:
+        if name not in known:
+            raise RecipeError(
+                f"{option} {name}: there is no such model: {did_you_mean(name, known)}"
+            )
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -13,10 +13,10 @@ import typer
 
 from pocl_ds.cli.parameters import (
     DryRunOption,
-    ModelName,
     OverridesArgument,
     RecipeArgument,
     RunDirOption,
+    check_model_names,
     complete_step,
     join_words,
     parse_shard,
@@ -53,7 +53,11 @@ REQUEST_OPTIONS: dict[str, Any] = {
         typer.Option(metavar="I/N", help="Process only shard I of N, counted from 0."),
     ],
     "model": Annotated[
-        ModelName | None, typer.Option(help="Generate only the answers of this model.")
+        str | None,
+        typer.Option(
+            metavar="MODEL[,...]",
+            help="Generate only the answers of these models (teacher, initial, student, baseline).",
+        ),
     ],
     "benchmark": Annotated[
         str | None, typer.Option(help="Evaluate only this benchmark; needs --model.")
@@ -211,7 +215,9 @@ def run_step_command(
     recipe, run = read_recipe(words, run_dir)
     if dry_run:
         return _show_plan(recipe, run, tuple(s for s in enabled_steps(recipe) if s.name == name))
-    request = StepRequest(**{**options, "shard": shard})
+    models = tuple(options["model"].split(",")) if options.get("model") else ()
+    check_model_names("--model", models)
+    request = StepRequest(**{**options, "shard": shard, "model": models})
 
     # This process is one rank of a step that a parent process started.
     if "RANK" in os.environ:
@@ -229,7 +235,7 @@ def run_step_command(
                 return _run_here(step, recipe, run, request)
         if request.export_to:  # only reads: training may go on
             return _run_here(step, recipe, run, request)
-        # An evaluation may run one process per model, and then one for the table.
+        # An evaluation may run one process per engine, and then one for the table.
         in_children = step.needs_ranks(recipe) or (name == "evaluate" and not request.model)
         alone = in_children and shard is None  # shards run concurrently
         with lock_run_directory(run) if alone else share_run_directory(run):

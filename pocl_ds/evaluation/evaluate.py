@@ -42,9 +42,9 @@ from pocl_ds.evaluation.evaluated_models import model_identity
 from pocl_ds.evaluation.harness_results import harness_file, read_harness_results
 from pocl_ds.evaluation.judge import summarize_verdicts, verdicts_file
 from pocl_ds.evaluation.rouge_tokenizers import benchmark_rouge_tokenizers, tokenizer_footnote
-from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.endpoint_generator import EndpointGenerator
 from pocl_ds.generation.protocol import TextGenerator
+from pocl_ds.generation.reused_generator import ReusedGenerator
 from pocl_ds.metrics.rouge_tokenizer import AUTO
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import embedding_rows, load_model_config, load_tokenizer
@@ -67,6 +67,7 @@ def generate_answers(
     *,
     model: str,
     path: str,
+    generators: ReusedGenerator,
     rouge_tokenizer: str = AUTO,
     special_tokens_in_text: SpecialTokensInText = "allow",
     chat_template: str | None = None,
@@ -83,6 +84,7 @@ def generate_answers(
 
     Args:
         path: folder or Hub name of the model.
+        generators: opens the model. The caller closes it, after the last model.
         rouge_tokenizer: of ROUGE-L; `auto` decides by benchmark, see `rouge_tokenizers`.
         special_tokens_in_text: `data.special_tokens_in_text`, as for training.
         chat_template: asks the model in place of its own.
@@ -133,15 +135,10 @@ def generate_answers(
     max_length = prompt.max_prompt_tokens + config.max_new_tokens
     generator: TextGenerator
     if endpoint:
-        generator = EndpointGenerator(
-            endpoint,
-            path,
-            tokenizer,
-            max_length=max_length,
-            saved="finished files of answers are saved",
-        )
+        saved = "finished files of answers are saved"
+        generator = EndpointGenerator(endpoint, path, tokenizer, max_length=max_length, saved=saved)
     else:
-        generator = open_generator(
+        generator = generators.open(
             path,
             config.generation,
             tokenizer,
@@ -155,7 +152,7 @@ def generate_answers(
     # Write one file after the other.
     total = sum(len(samples[name]) for name, _ in pending)
     with (
-        contextlib.closing(generator),
+        contextlib.closing(generator) if endpoint else contextlib.nullcontext(),
         Progress(total, "answers", f"evaluate {model}") as progress,
     ):
         for name, seed in pending:

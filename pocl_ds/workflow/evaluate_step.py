@@ -5,6 +5,7 @@ Imports of libraries are inside the functions, as in `step_functions`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from pocl_ds.workflow.step_inputs import engine_needs_own_process, evaluated_mod
 
 if TYPE_CHECKING:
     from pocl_ds.config import EvaluateConfig, Recipe
+    from pocl_ds.generation.reused_generator import ReusedGenerator
     from pocl_ds.workflow.run_dir import RunDirectory
     from pocl_ds.workflow.steps import StepRequest
 
@@ -33,9 +35,9 @@ def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
 
 
 def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
-    """Generate one model's answers; or, without `request.model`, those of all models that no other
-    process generates, run the standard tasks, measure the held-out loss, run the judge, and write
-    the results.
+    """Generate the answers of some models; or, without `request.model`, those of all models that no
+    other process generates, run the standard tasks, measure the held-out loss, run the judge, and
+    write the results.
     """
     from pocl_ds.evaluation.benchmarks import skip_empty_test_split
     from pocl_ds.evaluation.evaluate import RESULTS, summarize_results
@@ -43,6 +45,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     from pocl_ds.evaluation.harness import run_harness
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
+    from pocl_ds.generation.reused_generator import ReusedGenerator
     from pocl_ds.workflow.input_digests import harness_file_digests
     from pocl_ds.workflow.processes import run_process
 
@@ -51,16 +54,17 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     config = skip_empty_test_split(
         run,
         _requested_part(recipe.evaluate, request),
-        warn=request.model is None or request.benchmark is not None,
+        warn=not request.model or request.benchmark is not None,
     )
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
     trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
 
-    own_models = [] if engine_needs_own_process(recipe) else models
-    for model in [request.model] if request.model else own_models:
-        if config.benchmarks:
-            shard = request.shard or (0, 1)
-            _generate_answers(recipe, run, config, model, shard, trust=model in trusted)
+    own_models = () if engine_needs_own_process(recipe) else models
+    with contextlib.closing(ReusedGenerator()) as generators:
+        for model in request.model or own_models:
+            if config.benchmarks:
+                shard, trust = request.shard or (0, 1), model in trusted
+                _generate_answers(recipe, run, config, model, shard, generators, trust=trust)
     if request.model:
         return
     paths = {name: model_path(run, name) for name in _models_with_weights(recipe, models)}
@@ -111,6 +115,7 @@ def _generate_answers(
     config: EvaluateConfig,
     model: str,
     shard: tuple[int, int],
+    generators: ReusedGenerator,
     *,
     trust: bool,
 ) -> None:
@@ -130,6 +135,7 @@ def _generate_answers(
         recipe.prompt,
         model=model,
         path=path,
+        generators=generators,
         special_tokens_in_text=recipe.data.special_tokens_in_text,
         rouge_tokenizer=recipe.score.rouge_tokenizer,
         chat_template=_answer_template(recipe, run) if model == TEACHER else None,

@@ -2,7 +2,7 @@
 
 `pocl run` runs the table of steps from top to bottom. Steps that need ranks go through
 launch/train.sh, the others are forked from a process that has imported torch. An evaluation with
-vLLM runs one process for each model, since a process has one engine.
+vLLM runs one process for the students, which share an engine, and one for the teacher.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pocl_ds.workflow.fork_server import ForkServer
 from pocl_ds.workflow.processes import run_process, run_processes
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
-from pocl_ds.workflow.step_inputs import engine_needs_own_process, evaluated_models
+from pocl_ds.workflow.step_inputs import engine_groups, engine_needs_own_process
 from pocl_ds.workflow.steps import STEP, STEP_NAMES, StepRequest, enabled_steps, fingerprints
 from pocl_ds.workflow.verify import check_inputs
 
@@ -137,15 +137,15 @@ def run_step(
             launcher += ["--threads", str(recipe.launch.threads_per_rank)]
         return run_process([*launcher, *arguments])
 
-    # Engines generate the answers of each model first, then the step itself collects them.
+    # Engines generate the answers of the models first, then the step itself collects them.
     imports = STEP[name].imports(recipe)
     if (
         name == "evaluate"
         and engine_needs_own_process(recipe)
         and skip_empty_test_split(run, recipe.evaluate, warn=False).benchmarks
     ):
-        for model in evaluated_models(recipe):
-            words = [*arguments, "--model", model]
+        for models in engine_groups(recipe):
+            words = [*arguments, "--model", ",".join(models)]
             if recipe.evaluate.data_parallel_size > 1:
                 code = _run_engines([*module_command(COMMAND), *words], recipe)
             else:

@@ -275,9 +275,16 @@ def evaluated_models(recipe: Recipe) -> list[str]:
     return [name for name in names if name != "baseline" or recipe.baseline.enabled]
 
 
+def engine_groups(recipe: Recipe) -> list[list[str]]:
+    """The evaluated models that share an engine of vLLM: the students differ in weights alone."""
+    models = evaluated_models(recipe)
+    students = [name for name in models if name != "teacher"]
+    return [group for group in (students, [n for n in models if n == "teacher"]) if group]
+
+
 def engine_needs_own_process(recipe: Recipe) -> bool:
-    """Whether the answers of each model are generated in a process of their own: a process has one
-    engine of vLLM, and several engines run side by side.
+    """Whether answers are generated in processes of their own: a process has one engine of vLLM,
+    and several engines run side by side.
     """
     evaluate = recipe.evaluate
     return evaluate.generation.backend == "vllm" or evaluate.data_parallel_size > 1

@@ -57,7 +57,7 @@ class StepRequest:
     """
 
     shard: tuple[int, int] | None = None  # (I, N), from 0: score, cache-teacher and evaluate
-    model: str | None = None  # evaluate: only the answers of this model
+    model: tuple[str, ...] = ()  # evaluate: only the answers of these models
     benchmark: str | None = None  # with `model`: only this benchmark
     seed: int | None = None  # with `model`: only this seed
     out: Path | None = None  # export: in place of the run directory's export/

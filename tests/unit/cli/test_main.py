@@ -131,7 +131,8 @@ ERRORS = {
     "run quickstart train.lrr=1": "recipe field train.lrr does not exist: did you mean lr?",
     "score quickstart --shard 4/4": "--shard 4/4: write I/N with I from 0 to N-1, for example 2/8",
     "evaluate quickstart --seed 1": "--seed selects part of one model's answers: add --model",
-    "evaluate quickstart --model studnet": "invalid value for '--model': 'studnet' is not one of ",
+    "evaluate quickstart --model teacher,studnet": "--model studnet: there is no such model: did "
+    "you mean student?",
     "compare --run-dir a --models studnet teacher": "--models studnet: there is no such model: "
     "did you mean student?",
     "compare runs/a runs/b": "missing option '--run-dir' (pocl compare --help)",

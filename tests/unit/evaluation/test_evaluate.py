@@ -7,6 +7,7 @@ import logging
 import shutil
 import statistics
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pocl_ds.evaluation import evaluate, held_out_loss
 from pocl_ds.evaluation.answers import answer_settings, read_answers
 from pocl_ds.evaluation.evaluated_models import model_path
 from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
+from pocl_ds.generation.reused_generator import ReusedGenerator
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import read_manifest
@@ -30,9 +32,16 @@ MakeConfig = Callable[..., EvaluateConfig]
 
 
 def generate(run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, model: str) -> None:
-    evaluate.generate_answers(
-        run, config, prompt, model=model, path=model_path(run, model), threads=1
-    )
+    with closing(ReusedGenerator()) as generators:
+        evaluate.generate_answers(
+            run,
+            config,
+            prompt,
+            model=model,
+            path=model_path(run, model),
+            generators=generators,
+            threads=1,
+        )
 
 
 def records(path: Path) -> list[dict]:
@@ -74,7 +83,7 @@ def test_only_unfinished_answers_are_generated_again(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluate, "open_generator", fail)
+    monkeypatch.setattr(ReusedGenerator, "open", fail)
     generate(run, config, prompt, "student")
     with pytest.raises(AssertionError):
         generate(run, make_config(max_new_tokens=9), prompt, "student")
@@ -232,14 +241,16 @@ def test_shards_write_the_same_answers_as_one_process(
     config = make_config()
     paths = [run.evaluation / "student" / f"test-seed{seed}.jsonl" for seed in config.seeds]
     for number in range(2):
-        evaluate.generate_answers(
-            run,
-            config,
-            prompt,
-            model="student",
-            path=model_path(run, "student"),
-            shard=(number, 2),
-        )
+        with closing(ReusedGenerator()) as generators:
+            evaluate.generate_answers(
+                run,
+                config,
+                prompt,
+                model="student",
+                path=model_path(run, "student"),
+                generators=generators,
+                shard=(number, 2),
+            )
         assert sum(path.is_file() for path in paths) == number + 1
     texts = [path.read_text() for path in paths]
     info = read_manifest(paths[0].parent, f"{paths[0].name}.manifest.json").info  # type: ignore[union-attr]
@@ -411,7 +422,7 @@ def test_a_template_file_is_identified_by_its_text(
 
 
 def test_a_prompt_with_a_token_beyond_the_rows_is_refused_before_the_model_is_loaded(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDirectory, tmp_path: Path
 ) -> None:
     """A text of a benchmark may hold a token that no sample of the training data held."""
     model = shutil.copytree(model_path(run, "student"), tmp_path / "model")
@@ -420,9 +431,15 @@ def test_a_prompt_with_a_token_beyond_the_rows_is_refused_before_the_model_is_lo
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.save_pretrained(model)
     (tmp_path / "b.jsonl").write_text('{"instruction": "Say <|199|>.", "output": "Yes"}\n')
-    monkeypatch.setattr(evaluate, "open_generator", None)
     config = EvaluateConfig.model_validate({"benchmarks": {"b": str(tmp_path / "b.jsonl")}})
     with pytest.raises(
         ModelError, match=r"^a prompt of benchmark b holds token id \d+ \('<\|199\|>'\), and the"
     ):
-        evaluate.generate_answers(run, config, PromptConfig(), model="student", path=str(model))
+        evaluate.generate_answers(
+            run,
+            config,
+            PromptConfig(),
+            model="student",
+            path=str(model),
+            generators=None,  # type: ignore[arg-type]
+        )

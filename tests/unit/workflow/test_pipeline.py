@@ -113,6 +113,19 @@ def test_engines_of_vllm_alone_have_their_own_processes(
     assert imported == {"vllm" if backend == "vllm" else "models"}
 
 
+def test_students_share_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, started = RunDirectory(tmp_path / "run"), list[list[str]]()
+    run.data.mkdir(parents=True)
+    (run.data / "test.jsonl").write_text("{}\n")
+    tree = recipe(1, backend="vllm").model_dump(mode="json")
+    tree["evaluate"]["models"] = ["teacher", "initial", "student"]
+    tree |= {"loss": {"name": "fkl"}, "teacher": {"model": "t"}, "baseline": {"enabled": True}}
+    with ForkServer() as server:
+        monkeypatch.setattr(server, "run", lambda _, words, __: started.append(words[3:]) or 0)
+        assert pipeline.run_step("evaluate", run, Recipe.model_validate(tree), server) == 0
+    assert started == [["--model", "initial,student,baseline"], ["--model", "teacher"], []]
+
+
 @pytest.fixture
 def finished_training(tmp_path: Path) -> tuple[RunDirectory, Recipe]:
     """A run whose evaluation is next, without test samples."""
