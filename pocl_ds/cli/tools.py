@@ -183,15 +183,9 @@ def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | Non
     from pocl_ds.cluster import scheduler
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission, job_ids
-    from pocl_ds.study.run import (
-        cell_directory,
-        is_finished,
-        ready_cells,
-        record_cell,
-        reuse_results,
-    )
+    from pocl_ds.study.run import CellStates, cell_directory, record_cell
 
-    profile = load_profile(profile_name)
+    profile, states = load_profile(profile_name), CellStates(folder, cells)
 
     # Copy shared results into the cells without live jobs; a live job may be writing its own.
     ids = {cell.name: job_ids(cell_directory(folder, cell)) for cell in cells}
@@ -200,18 +194,18 @@ def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | Non
     }
     idle = [cell for cell in cells if not live & set(ids[cell.name])]
     for cell in idle:
-        if not is_finished(folder, cell):
+        if not states.is_finished(cell):
             record_cell(folder, cell)
-            reuse_results(folder, cell, cells)
+            states.reuse_results(cell)
 
     # Submit the cells that are ready.
-    submitted = [cell for cell in ready_cells(folder, cells) if cell in idle]
+    submitted = [cell for cell in states.ready() if cell in idle]
     for cell in submitted:
         run = cell_directory(folder, cell)
         submission = Submission(run, cell.recipe, profile, nodes=nodes, until=cell.until)
         submission.submit()
         print(f"{cell.name}: {', '.join(job.name for job in submission.jobs)}")
-    waiting = sum(not is_finished(folder, cell) for cell in cells) - len(submitted)
+    waiting = sum(not states.is_finished(cell) for cell in cells) - len(submitted)
     print(
         f"submitted {len(submitted)} of {len(cells)} cells; running or waiting for shared results: "
         f"{waiting}; repeat this command to submit them, and watch the jobs with "

@@ -38,26 +38,79 @@ def cell_directory(folder: Path, cell: Cell) -> RunDirectory:
     return RunDirectory(folder / cell.name)
 
 
-def reuse_results(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """Link the steps that other cells have finished with this cell's fingerprints into its run
-    directory. Returns their names.
+class CellStates:
+    """Which steps of a study's cells are finished.
+
+    Fingerprints read the files that a recipe names, so those of a cell are computed once, and again
+    after it has run.
     """
-    run, expected = cell_directory(folder, cell), fingerprints(cell.recipe)
-    finished = finished_steps(run, cell.recipe)
-    missing = [step for step in cell.steps if step.shareable and not finished[step.name]]
-    reused: list[str] = []
-    for other in cells:
-        source = cell_directory(folder, other)
-        if other is cell or len(reused) == len(missing) or not source.recipe.is_file():
-            continue
-        available = finished_steps(source, other.recipe)
-        digests = fingerprints(other.recipe)
-        for step in missing:
-            same = digests[step.name] == expected[step.name]
-            if step.name not in reused and available[step.name] and same:
-                _link_directory(step.directory(source), step.directory(run))
-                reused.append(step.name)
-    return reused
+
+    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
+        self.folder, self.cells = folder, cells
+        self._fingerprints: dict[str, dict[str, str]] = {}
+
+    def fingerprints(self, cell: Cell) -> dict[str, str]:
+        """The fingerprint that each step's result must have."""
+        if cell.name not in self._fingerprints:
+            self._fingerprints[cell.name] = fingerprints(cell.recipe)
+        return self._fingerprints[cell.name]
+
+    def forget(self, cell: Cell) -> None:
+        """Compute a cell's fingerprints again: its inputs may have changed."""
+        self._fingerprints.pop(cell.name, None)
+
+    def finished_steps(self, cell: Cell) -> dict[str, bool]:
+        """Whether each step of a cell has a complete result."""
+        run, expected = cell_directory(self.folder, cell), self.fingerprints(cell)
+        if not run.recipe.is_file():
+            return dict.fromkeys(expected, False)
+        return finished_steps(run, cell.recipe, expected=expected)
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether all steps of a cell are finished."""
+        finished = self.finished_steps(cell)
+        return all(finished[step.name] for step in cell.steps)
+
+    def ready(self) -> list[Cell]:
+        """Unfinished cells that need not wait for an expensive step which they share with another
+        unfinished cell.
+        """
+        ready: list[Cell] = []
+        pending_steps: set[tuple[str, str]] = set()  # expensive steps of earlier cells
+        for cell in self.cells:
+            finished, digests = self.finished_steps(cell), self.fingerprints(cell)
+            if all(finished[step.name] for step in cell.steps):
+                continue
+            expensive = {
+                (step.name, digests[step.name])
+                for step in cell.steps
+                if step.expensive and not finished[step.name]
+            }
+            if not expensive & pending_steps:
+                ready.append(cell)
+            pending_steps |= expensive
+        return ready
+
+    def reuse_results(self, cell: Cell) -> list[str]:
+        """Link the steps that other cells have finished with this cell's fingerprints into its run
+        directory. Returns their names.
+        """
+        run, expected = cell_directory(self.folder, cell), self.fingerprints(cell)
+        finished = self.finished_steps(cell)
+        missing = [step for step in cell.steps if step.shareable and not finished[step.name]]
+        reused: list[str] = []
+        for other in self.cells:
+            digests = self.fingerprints(other)
+            same = [step for step in missing if digests[step.name] == expected[step.name]]
+            if other is cell or not any(step.name not in reused for step in same):
+                continue
+            available = self.finished_steps(other)
+            source = cell_directory(self.folder, other)
+            for step in same:
+                if step.name not in reused and available[step.name]:
+                    _link_directory(step.directory(source), step.directory(run))
+                    reused.append(step.name)
+        return reused
 
 
 def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
@@ -67,38 +120,40 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
     waits for expensive steps that others compute. Raises ArtifactError if a cell fails, Interrupted
     if one is stopped.
     """
+    states = CellStates(folder, cells)
     with ForkServer() as server:
-        while ready := ready_cells(folder, cells):
+        while ready := states.ready():
             for cell in ready:
-                if _run_unless_taken(folder, cell, cells, server):
+                if _run_unless_taken(cell, states, server):
                     break
             else:
                 time.sleep(POLL_SECONDS)
 
 
-def _run_unless_taken(folder: Path, cell: Cell, cells: Sequence[Cell], server: ForkServer) -> bool:
+def _run_unless_taken(cell: Cell, states: CellStates, server: ForkServer) -> bool:
     """Run a cell, and return False if another process runs it or has finished it."""
-    run = cell_directory(folder, cell)
+    run = cell_directory(states.folder, cell)
     run.path.mkdir(parents=True, exist_ok=True)
     try:
-        with hold_lock(folder / f".{cell.name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
-            if is_finished(folder, cell):
+        with hold_lock(states.folder / f".{cell.name}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if states.is_finished(cell):
                 return False
-            _run_cell(folder, cell, cells, server)
+            _run_cell(cell, states, server)
+            states.forget(cell)
             return True
     except LockTakenError:
         return False
 
 
-def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell], server: ForkServer) -> None:
-    run = cell_directory(folder, cell)
+def _run_cell(cell: Cell, states: CellStates, server: ForkServer) -> None:
+    run = cell_directory(states.folder, cell)
     # Reuse results of other cells, then run the missing steps.
     with lock_run_directory(run):
         record_recipe(run, cell.recipe)
-        reused = reuse_results(folder, cell, cells)
+        reused = states.reuse_results(cell)
     note = f" (reuses {', '.join(reused)})" if reused else ""
-    finished = sum(is_finished(folder, other) for other in cells)
-    log.info("study: %d of %d finished, running %s%s", finished, len(cells), cell.name, note)
+    finished, total = sum(map(states.is_finished, states.cells)), len(states.cells)
+    log.info("study: %d of %d finished, running %s%s", finished, total, cell.name, note)
     try:
         code = run_pipeline(cell.recipe, run, server, until=cell.until)
     except Interrupted as error:  # a signal ended a step that could not handle it
@@ -120,35 +175,9 @@ def _run_cell(folder: Path, cell: Cell, cells: Sequence[Cell], server: ForkServe
         )
 
 
-def ready_cells(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
-    """Unfinished cells that need not wait for an expensive step which they share with another
-    unfinished cell.
-    """
-    ready: list[Cell] = []
-    pending_steps: set[tuple[str, str]] = set()  # expensive steps of earlier cells
-    for cell in cells:
-        if is_finished(folder, cell):
-            continue
-        finished = finished_steps(cell_directory(folder, cell), cell.recipe)
-        digests = fingerprints(cell.recipe)
-        expensive = {
-            (step.name, digests[step.name])
-            for step in cell.steps
-            if step.expensive and not finished[step.name]
-        }
-        if not expensive & pending_steps:
-            ready.append(cell)
-        pending_steps |= expensive
-    return ready
-
-
 def is_finished(folder: Path, cell: Cell) -> bool:
     """Whether all steps of a cell are finished."""
-    run = cell_directory(folder, cell)
-    if not run.recipe.is_file():
-        return False
-    finished = finished_steps(run, cell.recipe)
-    return all(finished[step.name] for step in cell.steps)
+    return CellStates(folder, [cell]).is_finished(cell)
 
 
 def record_cell(folder: Path, cell: Cell) -> None:

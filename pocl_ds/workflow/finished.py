@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pocl_ds.config import Recipe
 from pocl_ds.difficulty.shards import fingerprint_of_finished_scores, unfinished_shards
 from pocl_ds.workflow.manifest import finished_manifest, read_manifest
@@ -10,14 +12,19 @@ from pocl_ds.workflow.steps import STEP, STEPS, Step, fingerprints
 
 
 def finished_steps(
-    run: RunDirectory, recipe: Recipe, *, checksums: bool = False
+    run: RunDirectory,
+    recipe: Recipe,
+    *,
+    checksums: bool = False,
+    expected: Mapping[str, str] | None = None,
 ) -> dict[str, bool]:
     """Whether each step has a complete result of this recipe.
 
     A step that describes a training counts as finished only if the training is finished too.
-    checksums: also whether each file is undamaged, before its result is used.
+    checksums: also whether each file is undamaged, before its result is used. expected: the
+    recipe's fingerprints, where the caller has them.
     """
-    expected, finished = fingerprints(recipe), dict[str, bool]()
+    expected, finished = expected or fingerprints(recipe), dict[str, bool]()
     for step in STEPS:
         if step.name == "score":
             finished["score"] = run.scores.is_dir() and not unfinished_shards(

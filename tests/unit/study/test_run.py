@@ -12,15 +12,15 @@ import yaml
 from tiny_runs import write_recipe
 
 from pocl_ds.cli import tools
+from pocl_ds.config import Recipe
 from pocl_ds.errors import ArtifactError, Interrupted, PoclError
 from pocl_ds.study import run as study_run
 from pocl_ds.study.cells import Cell, expand_cells, load_study
 from pocl_ds.study.run import (
+    CellStates,
     cell_directory,
     is_finished,
-    ready_cells,
     record_cell,
-    reuse_results,
     run_cells,
 )
 from pocl_ds.workflow.manifest import write_manifest
@@ -69,9 +69,13 @@ def test_results_of_another_cell_are_reused(tree: dict[str, Any], tmp_path: Path
     assert (first.arm, same_arm.arm, other_arm.arm) == ("kd", "kd", "pocl")
     record_cell(tmp_path, same_arm)
     record_cell(tmp_path, other_arm)
-    assert reuse_results(tmp_path, other_arm, cells) == ["preprocess", "init-student", "rank"]
-    assert reuse_results(tmp_path, other_arm, cells) == []
-    reused = reuse_results(tmp_path, same_arm, cells)
+    assert CellStates(tmp_path, cells).reuse_results(other_arm) == [
+        "preprocess",
+        "init-student",
+        "rank",
+    ]
+    assert CellStates(tmp_path, cells).reuse_results(other_arm) == []
+    reused = CellStates(tmp_path, cells).reuse_results(same_arm)
     assert reused[:3] == ["preprocess", "init-student", "rank"] and "train" not in reused
     linked, original = (
         cell_directory(tmp_path, cell).data / "result" for cell in (same_arm, first)
@@ -83,15 +87,35 @@ def test_a_shared_step_is_submitted_once(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = read_cells(tree, tmp_path)
-    assert [cell.name for cell in ready_cells(tmp_path, cells)] == [cells[0].name], (
+    assert [cell.name for cell in CellStates(tmp_path, cells).ready()] == [cells[0].name], (
         "all need the same student and scores"
     )
     monkeypatch.setattr(
         study_run,
         "finished_steps",
-        lambda run, recipe: dict.fromkeys(STEP_NAMES, True) | {"train": False},
+        lambda *_, **__: dict.fromkeys(STEP_NAMES, True) | {"train": False},
     )
-    assert ready_cells(tmp_path, cells) == cells
+    for cell in cells:
+        record_cell(tmp_path, cell)
+    assert CellStates(tmp_path, cells).ready() == cells
+
+
+def test_fingerprints_are_computed_again_after_a_cell_has_run(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read files, which with hundreds of cells takes seconds."""
+    cells = read_cells(tree, tmp_path)
+    computed: list[Recipe] = []
+    monkeypatch.setattr(
+        study_run, "fingerprints", lambda recipe: computed.append(recipe) or fingerprints(recipe)
+    )
+    states = CellStates(tmp_path, cells)
+    for _ in range(2):
+        states.ready()
+    assert computed == [cell.recipe for cell in cells]
+    states.forget(cells[3])
+    states.ready()
+    assert computed[len(cells) :] == [cells[3].recipe]
 
 
 def test_results_are_not_reused_into_a_cell_with_live_jobs(
@@ -152,7 +176,7 @@ def test_results_are_copied_on_a_file_system_without_links(
     cells = read_cells(tree, tmp_path)
     finish(tmp_path, cells[0], "preprocess")
     record_cell(tmp_path, cells[1])
-    assert reuse_results(tmp_path, cells[1], cells) == ["preprocess"]
+    assert CellStates(tmp_path, cells).reuse_results(cells[1]) == ["preprocess"]
     assert (
         RunDirectory(cell_directory(tmp_path, cells[1]).path).data / "result"
     ).read_text() == cells[0].name
