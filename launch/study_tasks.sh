@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The study `tasks` on this machine's CPU: make models with random weights, train the teacher, measure in a
-# pilot which difference the study can show, and run it. After an interruption the same command resumes, and a second shell with the
-# same command (or `pocl study tasks --run-dir runs/tasks/cells`) runs other cells at the same time.
+# The study `tasks` on this machine's CPU: make models with random weights, train the teacher on 360,000 samples and the students on 64,000,
+# measure in a pilot which difference the study can show, and run it. After an interruption the same command resumes, and a second shell
+# with `pocl study tasks --run-dir runs/tasks/cells` runs other cells at the same time.
 #
 #   launch/study_tasks.sh [field=value ...]
 #
@@ -19,5 +19,9 @@ if [ ! -d "$runs/models" ]; then
   mv "$runs/models.partial" "$runs/models"
 fi
 pocl run tasks-teacher --run-dir "$runs/teacher"
+for size in quarter tenth thirtieth; do
+  pocl run tasks-teacher --run-dir "$runs/student-$size" student.model="$runs/models/student-$size" \
+    data.max_train_samples=64000 curriculum.epochs_per_stage=1
+done
 pocl study tasks-pilot --run-dir "$runs/pilot" "$@"
 pocl study tasks --run-dir "$runs/cells" "$@"

@@ -12,7 +12,7 @@ from pocl_ds.config.base import (
 )
 from pocl_ds.config.baseline import BaselineConfig
 from pocl_ds.config.curriculum import CurriculumConfig, RescoringConfig, SampleWeightsConfig
-from pocl_ds.config.data import DataConfig, DocumentationConfig
+from pocl_ds.config.data import DataConfig, DocumentationConfig, TasksConfig
 from pocl_ds.config.endpoint import TeacherEndpointConfig
 from pocl_ds.config.evaluation import (
     BenchmarkConfig,
@@ -78,6 +78,7 @@ __all__ = [
     "Section",
     "SharesConfig",
     "StudentConfig",
+    "TasksConfig",
     "TeacherCacheConfig",
     "TeacherConfig",
     "TeacherEndpointConfig",

@@ -121,6 +121,17 @@ class DocumentationConfig(Section):
     max_words: Positive = Field(60, description="Longest response to include, in words.")
 
 
+class TasksConfig(Section):
+    """The corpus of `data.source: tasks`: small instruction tasks of graded difficulty."""
+
+    count: Positive = Field(
+        24_000,
+        description="Number of tasks, all with different prompts. A larger corpus begins with the "
+        "tasks of a smaller one, and an equal prompt is in the same split of both. Of the lower "
+        "levels there are few different prompts, so that a large corpus has mostly high levels.",
+    )
+
+
 class DataConfig(Section):
     """Where the instruction data comes from, and how it is split."""
 
@@ -232,6 +243,7 @@ class DataConfig(Section):
         json_schema_extra=RUNTIME_ONLY,
     )
     documentation: DocumentationConfig = DocumentationConfig()
+    tasks: TasksConfig = TasksConfig()
 
     @model_validator(mode="after")
     def _check_fractions(self) -> DataConfig:

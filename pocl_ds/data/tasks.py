@@ -1,23 +1,25 @@
 """The data source `tasks`: short instruction tasks of graded difficulty, generated from a seed.
 
-    What is 4 + 9 + 2?                                   15
+    Give the running total of 4, 9, 2.                   13, 15
     Sort these numbers from small to large: 7, 2, 5      2, 5, 7
-    Anna has 3 and Ben has 8. How many has Ben?          8
-    a = 4; b = a + 2; c = b. What is c?                  6
+    Anna 3, Ben 8. Give the row of Ben.                  Ben 8
+    Which of 3, 7, 5, 1 are above 4?                     7, 5
+    Run a = 4; b = a + 2; c = b.                         a = 4; b = 6; c = 6
 
-Nine families with four levels each, in several wordings. Numbers of a list have one digit, to be
-within reach of a model of a million weights that is trained from scratch on a CPU. An answer is
-right or wrong, and studies can afford many trainings of such models (`pocl study tasks`).
+Nine families with four levels each, in several wordings. A model of a million weights that is
+trained from scratch on a CPU can learn them: numbers of a prompt have one digit, and what takes
+several operations is answered operation by operation. An answer is right or wrong, and studies can
+afford many trainings of such models (`pocl study tasks`).
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
 from pocl_ds.data.conversation import Sample
 
-NUM_TASKS = 24_000
 LEVELS = (1, 2, 3, 4)
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
 WORDS = (
@@ -30,10 +32,11 @@ VARIABLES = "abcde"
 Task = tuple[str, str]
 
 
-def generate_tasks(*, seed: int = 0, count: int = NUM_TASKS) -> Iterator[Sample]:
+def generate_tasks(count: int, *, seed: int = 0) -> Iterator[Sample]:
     """`count` samples with different prompts, the same ones for a seed.
 
-    Families and levels take turns. An id such as `sort-3-00042` names both, and the level is the
+    Families and levels take turns; a prompt that occurred before is left out, so that of levels
+    with few prompts there are fewer. An id such as `sort-3-00042` names both, and the level is the
     domain, `level-3`.
     """
     source = random.Random(seed)
@@ -51,10 +54,16 @@ def generate_tasks(*, seed: int = 0, count: int = NUM_TASKS) -> Iterator[Sample]
 
 
 def _sum(source: random.Random, level: int) -> Task:
-    numbers = [source.randint(0, 9) for _ in range(level + 1)]
-    text = " + ".join(map(str, numbers))
-    wording = source.choice(("What is {}?", "Add up: {}", "Compute {}.", "{} ="))
-    return wording.format(text), str(sum(numbers))
+    """The running total after each number but the first."""
+    numbers = [source.randint(0, 5) for _ in range(level + 1)]
+    wording = source.choice(
+        (
+            "Add up one by one: {}",
+            "Give the running total of {}.",
+            "What are the partial sums of {}?",
+        )
+    )
+    return wording.format(_listed(numbers)), _listed(list(itertools.accumulate(numbers))[1:])
 
 
 def _largest(source: random.Random, level: int) -> Task:
@@ -91,21 +100,24 @@ def _position(source: random.Random, level: int) -> Task:
     return wording.format(_listed(words), ORDINALS[place]), words[place]
 
 
-def _count(source: random.Random, level: int) -> Task:
-    one, two = source.sample(WORDS, 2)
-    words = [source.choice((one, two)) for _ in range(2 * level)]
+def _select(source: random.Random, level: int) -> Task:
+    """At least one number is on the side that is asked for, and none is the bound."""
+    bound, *numbers = source.sample(range(10), level + 2)
+    side = source.choice(("above", "below"))
+    selected = [number for number in numbers if (number > bound) == (side == "above")]
+    if not selected:
+        return _select(source, level)
     wording = source.choice(
-        ("How often does {1} occur in {0}?", "Count {1}: {0}", "How many times is {1} in {0}?")
+        ("Which of {0} are {1} {2}?", "Keep what is {1} {2}: {0}", "List all {1} {2} among {0}.")
     )
-    return wording.format(_listed(words), one), str(words.count(one))
+    return wording.format(_listed(numbers), side, bound), _listed(selected)
 
 
 def _replace(source: random.Random, level: int) -> Task:
-    old, new, *others = source.sample(WORDS, 5)
-    words = [source.choice((old, *others)) for _ in range(level + 1)]
-    words[source.randrange(level + 1)] = old
+    new, *words = source.sample(WORDS, level + 2)
+    old = source.choice(words)
     wording = source.choice(
-        ("Replace {1} by {2}: {0}", "Write {0} with {2} for each {1}.", "Change {1} to {2} in {0}.")
+        ("Replace {1} by {2}: {0}", "Write {0} with {2} for {1}.", "Change {1} to {2} in {0}.")
     )
     changed = [new if word == old else word for word in words]
     return wording.format(_listed(words), old, new), _listed(changed)
@@ -114,30 +126,28 @@ def _replace(source: random.Random, level: int) -> Task:
 def _table(source: random.Random, level: int) -> Task:
     names, numbers = source.sample(NAMES, level + 1), source.sample(range(10), level + 1)
     row = source.randrange(level + 1)
-    table = source.choice(
-        (
-            ", ".join(f"{name} has {n}" for name, n in zip(names, numbers, strict=True)) + ".",
-            "; ".join(f"{name}: {n}" for name, n in zip(names, numbers, strict=True)) + ".",
-        )
+    table = source.choice((", ", "; ")).join(
+        f"{name} {number}" for name, number in zip(names, numbers, strict=True)
     )
-    if source.random() < 0.5:
-        wording = source.choice(("How many has {}?", "Which number is next to {}?"))
-        return f"{table} {wording.format(names[row])}", str(numbers[row])
-    wording = source.choice(("Who has {}?", "Whose number is {}?"))
-    return f"{table} {wording.format(numbers[row])}", names[row]
+    wording = source.choice(
+        ("{0}. Give the row of {1}.", "Find {1} in {0}.", "{0}. What is with {1}?")
+    )
+    return wording.format(table, names[row]), f"{names[row]} {numbers[row]}"
 
 
 def _program(source: random.Random, level: int) -> Task:
-    """Assignments, of which each but the first uses an earlier variable."""
+    """Assignments, of which each but the first uses an earlier variable, and all values."""
     values = {VARIABLES[0]: source.randint(0, 9)}
     lines = [f"{VARIABLES[0]} = {values[VARIABLES[0]]}"]
     for name in VARIABLES[1 : level + 1]:
         other, change = source.choice(list(values)), source.randint(0, 3)
         values[name] = values[other] + change
         lines.append(f"{name} = {other} + {change}" if change else f"{name} = {other}")
-    variable = source.choice(list(values))
-    wording = source.choice(("What is {}?", "Print {}.", "Give the value of {}."))
-    return f"{'; '.join(lines)}. {wording.format(variable)}", str(values[variable])
+    wording = source.choice(
+        ("Run {}.", "Execute {}.", "Which values do the variables have after {}?")
+    )
+    answer = "; ".join(f"{name} = {value}" for name, value in values.items())
+    return wording.format("; ".join(lines)), answer
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -150,7 +160,7 @@ FAMILIES: dict[str, Callable[[random.Random, int], Task]] = {
     "sort": _sort,
     "reverse": _reverse,
     "position": _position,
-    "count": _count,
+    "select": _select,
     "replace": _replace,
     "table": _table,
     "program": _program,
