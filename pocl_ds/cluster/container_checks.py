@@ -12,7 +12,7 @@ from pocl_ds.config import Recipe
 from pocl_ds.data.source_files import local_files
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.converted_models import models_folder
-from pocl_ds.models.model_paths import is_adapter
+from pocl_ds.models.model_paths import base_of_adapter, is_adapter
 
 
 def check_container(
@@ -60,13 +60,11 @@ def _needed_paths(
     variables = {**environment, **profile.environment}
     on_hub = False
     for source in recipe.local_models:
-        path = Path(os.path.expanduser(source.model))
-        if path.suffix == ".gguf" or "://" in source.model or is_adapter(path):
-            yield f"the cache of converted models of {source.label}", models_folder()
-        elif path.exists():
-            yield f"the model {source.label}", path
-        else:
-            on_hub = True
+        for name, path in _model_paths(f"the model {source.label}", source.model):
+            if path is None:
+                on_hub = True
+            else:
+                yield name, path
     for field, section in data_sections(recipe).items():
         files = local_files(section.source)
         yield from ((f"recipe field {field}", path) for path in files)
@@ -77,3 +75,15 @@ def _needed_paths(
         yield "HF_HOME", Path(variables.get("HF_HOME") or "~/.cache/huggingface")
     if profile.scratch:
         yield "the profile's scratch", Path(profile.scratch.partition("$")[0].rstrip("/") or "/")
+
+
+def _model_paths(name: str, model: str) -> Iterator[tuple[str, Path | None]]:
+    """What a job reads of one model, and of the base of an adapter. None: the cache of the Hub."""
+    path = Path(os.path.expanduser(model))
+    is_packaged = "://" in model  # its package is inside the container
+    if is_packaged or path.suffix == ".gguf" or is_adapter(path):
+        yield f"{name}, converted", models_folder()
+    if not is_packaged:
+        yield name, path if path.exists() else None
+    if is_adapter(path):
+        yield from _model_paths(f"the base of {name}", base_of_adapter(path)[0])

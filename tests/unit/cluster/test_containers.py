@@ -76,6 +76,35 @@ def test_all_that_jobs_read_must_be_mounted(files: Path) -> None:
     check(files, [*mounts, "/local:/local"], profile={"scratch": "/local/$USER"})
 
 
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [
+        ("adapter", "the model .*/adapter: .*/adapter is not mounted"),
+        ("base", "the base of the model .*/adapter: .*/base is not mounted"),
+        ("cache", "the model .*/adapter, converted: .*/cache is not mounted"),
+        ("hub", "HF_HOME: /shared/hf is not mounted"),
+    ],
+)
+def test_an_adapter_and_its_base_must_be_mounted(
+    missing: str, problem: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
+    folders = {name: tmp_path / name for name in ("adapter", "base", "cache")}
+    for folder in folders.values():
+        folder.mkdir()
+    base = "org/base" if missing == "hub" else str(folders["base"])
+    (folders["adapter"] / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": base})
+    )
+    student = {"student": {"model": str(folders["adapter"])}}
+    hub = {"HF_HOME": "/shared/hf"}
+    mounts = mount(files, *folders.values())
+    check(files, [*mounts, "/shared:/shared"], environment=hub, **student)
+    folders.pop(missing, None)
+    with pytest.raises(RecipeError, match=problem):
+        check(files, mount(files, *folders.values()), environment=hub, **student)
+
+
 def test_the_cache_of_the_hub_must_be_mounted_if_it_is_read(files: Path) -> None:
     hub: dict[str, Any] = {"student": {"model": "org/student"}}
     mounts = mount(files)
