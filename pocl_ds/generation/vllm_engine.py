@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 import re
 import subprocess
@@ -37,6 +36,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+# Tokens of a block of the key-value cache on a CPU. The last one of a sequence is partly filled.
+KV_BLOCK = 128
+MIN_CACHE_BYTES = 1 << 27
 # What opening an engine raises. AssertionError: another process freed memory meanwhile.
 OPENING_ERRORS = (
     ValueError,
@@ -92,7 +94,9 @@ class VllmEngine:
         # Prepare the process: vLLM reads its environment when it is imported.
         self.model_path, self.config, self.max_length = model_path, config, max_length
         self.model_config, self.alternative = model_config, alternative
-        _prepare_environment(model_config, _dtype(config), max_length, cached_tokens)
+        _prepare_environment(model_config, max_length)
+        tokens = cached_tokens + config.max_num_seqs * KV_BLOCK
+        self.cache_bytes = max(_cache_bytes(model_config, _dtype(config), tokens), MIN_CACHE_BYTES)
         self.vllm = _import_vllm(alternative)
         self.process_state = vllm_private.ProcessState(threads)
 
@@ -107,6 +111,9 @@ class VllmEngine:
         recipe to lower where memory is short. Raises ResourceError if vLLM cannot open the model.
         """
         arguments = {**_engine_options(self.config, self.max_length), **options}
+        if not torch.cuda.is_available():
+            # The start clears all of it. VLLM_CPU_KVCACHE_SPACE of the user replaces it.
+            arguments["kv_cache_memory_bytes"] = self.cache_bytes
         overrides = {**_rope_overrides(self.model_config, self.max_length), **(hf_overrides or {})}
         if overrides:
             arguments["hf_overrides"] = overrides
@@ -192,12 +199,9 @@ def _rope_overrides(model_config: Any, max_length: int) -> dict[str, Any]:
     return {"rope_parameters": parameters}
 
 
-def _prepare_environment(
-    model_config: Any, dtype: str, max_length: int, cached_tokens: int
-) -> None:
+def _prepare_environment(model_config: Any, max_length: int) -> None:
     """Set the environment variables of vLLM that the user has not set."""
-    cache_gib = _cache_gib(model_config, dtype, cached_tokens)
-    _set_defaults({**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)})
+    _set_defaults(ENVIRONMENT)
     # One token more than the model has positions: it is generated, but never fed to the model.
     positions = max_positions(model_config)
     if positions is not None and max_length + 1 > positions:
@@ -236,11 +240,10 @@ def _import_vllm(alternative: str) -> Any:
         ) from error
 
 
-def _cache_gib(model_config: Any, dtype: str, tokens: int) -> int:
-    """GiB (at least 1) of key-value cache for so many tokens."""
+def _cache_bytes(model_config: Any, dtype: str, tokens: int) -> int:
+    """Bytes of the key-value cache of so many tokens."""
     text = model_config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 4 if dtype == "float32" else 2
-    num_bytes = 2 * text.num_hidden_layers * heads * width * size * tokens
-    return max(1, math.ceil(num_bytes / 2**30))
+    return int(2 * text.num_hidden_layers * heads * width * size * tokens)

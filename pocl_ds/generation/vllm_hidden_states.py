@@ -26,7 +26,6 @@ from pocl_ds.models.load import load_model_config
 
 ALTERNATIVE = "teacher_cache.backend=transformers"  # the setting that does not need vLLM
 MAX_NUM_SEQS = 256  # the limit of an iteration is its tokens
-KV_BLOCK = 128  # tokens: a sequence occupies complete blocks of the key-value cache
 # Iterations of the engine per call, whose states are sent together while the next ones run.
 ITERATIONS = 4
 MEMORY_FIELDS = "teacher_cache.max_batch_tokens"
@@ -60,7 +59,7 @@ class VllmHiddenStates:
             config,
             model_config=model_config,
             max_length=max_length,
-            cached_tokens=self.max_tokens + config.max_num_seqs * KV_BLOCK,
+            cached_tokens=self.max_tokens,
             threads=threads,
             alternative=ALTERNATIVE,
         )

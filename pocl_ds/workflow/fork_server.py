@@ -17,6 +17,7 @@ the answer, `{"pid": number, "code": number}` with a code as in `subprocess.Pope
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -165,6 +166,9 @@ def serve(connection: socket.socket) -> tuple[str, list[str]] | None:
                 # The step reports a library that cannot be imported, and its own error is better.
                 with contextlib.suppress(Exception):
                     SHARED_IMPORTS[name]()
+            # Children neither search what was imported for garbage, nor copy its memory for that.
+            gc.collect()
+            gc.freeze()
             answer = children.run()
             if answer is None:
                 return request["module"], request["arguments"]
