@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -121,13 +121,21 @@ class DocumentationConfig(Section):
     max_words: Positive = Field(60, description="Longest response to include, in words.")
 
 
+TaskFamily: TypeAlias = Literal[
+    "sum", "largest", "sort", "reverse", "position", "select", "replace", "table", "program"
+]
+
+
 class TasksConfig(Section):
     """The corpus of `data.source: tasks`: small instruction tasks of graded difficulty."""
 
+    families: tuple[TaskFamily, ...] = Field(
+        get_args(TaskFamily), min_length=1, description="Families of tasks, which take turns."
+    )
     count: Positive = Field(
         24_000,
         description="Number of tasks, all with different prompts. A larger corpus begins with the "
-        "tasks of a smaller one, and an equal prompt is in the same split of both. Of the lower "
+        "tasks of a smaller one, and a prompt is in the same split of every corpus. Of the lower "
         "levels there are few different prompts, so that a large corpus has mostly high levels.",
     )
 

@@ -214,7 +214,7 @@ class SourceReader:
         if source.source == STORIES:
             return generate_stories()
         if source.source == TASKS:
-            return generate_tasks(data.tasks.count)
+            return generate_tasks(data.tasks.count, families=data.tasks.families)
         return samples_from_records(
             read_source_records(
                 source,

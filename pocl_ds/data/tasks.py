@@ -19,8 +19,10 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from pocl_ds.data.conversation import Sample
+from pocl_ds.errors import DataError
 
 LEVELS = (1, 2, 3, 4)
+MAX_REPEATED = 10_000  # prompts in a row that occurred before
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry")
 WORDS = (
     *("red", "blue", "green", "black", "white", "cat", "dog", "bird"),
@@ -32,22 +34,32 @@ VARIABLES = "abcde"
 Task = tuple[str, str]
 
 
-def generate_tasks(count: int, *, seed: int = 0) -> Iterator[Sample]:
+def generate_tasks(
+    count: int, *, seed: int = 0, families: Sequence[str] | None = None
+) -> Iterator[Sample]:
     """`count` samples with different prompts, the same ones for a seed.
 
     Families and levels take turns; a prompt that occurred before is left out, so that of levels
     with few prompts there are fewer. An id such as `sort-3-00042` names both, and the level is the
     domain, `level-3`.
+
+    families: keys of FAMILIES, None for all. Raises DataError if they have fewer prompts.
     """
     source = random.Random(seed)
-    kinds = [(family, level) for level in LEVELS for family in FAMILIES]
+    kinds = [(family, level) for level in LEVELS for family in families or FAMILIES]
     prompts: set[str] = set()
-    attempt = 0
+    attempt = repeated = 0
     while len(prompts) < count:
         family, level = kinds[attempt % len(kinds)]
         prompt, answer = FAMILIES[family](source, level)
         attempt += 1
-        if prompt not in prompts:
+        repeated = repeated + 1 if prompt in prompts else 0
+        if repeated > MAX_REPEATED:
+            raise DataError(
+                f"data.tasks.count={count}: the families {', '.join(families or FAMILIES)} have "
+                f"about {len(prompts):,} different prompts: lower it, or add families"
+            )
+        if not repeated:
             name = f"{family}-{level}-{len(prompts):05}"
             yield Sample.from_instruction(name, prompt, answer, domain=f"level-{level}")
             prompts.add(prompt)

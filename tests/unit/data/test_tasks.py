@@ -10,6 +10,7 @@ import pytest
 
 from pocl_ds.config import TasksConfig
 from pocl_ds.data.tasks import FAMILIES, LEVELS, WORDS, generate_tasks
+from pocl_ds.errors import DataError
 
 NUM_TASKS = TasksConfig().count
 SAMPLES = list(generate_tasks(NUM_TASKS))
@@ -109,6 +110,17 @@ def test_answers_are_right(family: str) -> None:
         assert answer == ANSWERS[family](prompt), prompt
         wordings[re.sub(r"\d+|[a-z]+, |[A-Z]\w+|" + "|".join(WORDS), "", prompt)[:12]] += 1
     assert len(wordings) >= 2
+
+
+def test_too_many_tasks_of_a_family_are_refused() -> None:
+    with pytest.raises(DataError, match=r"count=200000: the families sort have about .* lower it"):
+        list(generate_tasks(200_000, families=("sort",)))
+
+
+def test_families_can_be_chosen() -> None:
+    assert TasksConfig().families == tuple(FAMILIES)
+    chosen = list(generate_tasks(100, families=("sort", "sum")))
+    assert {sample.id.split("-")[0] for sample in chosen} == {"sort", "sum"}
 
 
 def test_families_and_levels_take_turns() -> None:
