@@ -112,7 +112,8 @@ def test_answers_are_right(family: str) -> None:
     assert len(wordings) >= 2
 
 
-def test_too_many_tasks_of_a_family_are_refused() -> None:
+def test_too_many_tasks_of_a_family_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocl_ds.data.tasks.MAX_REPEATED", 100)
     with pytest.raises(DataError, match=r"count=200000: the families sort have about .* lower it"):
         list(generate_tasks(200_000, families=("sort",)))
 
