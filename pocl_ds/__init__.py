@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pocl_ds.api import RunResult, distill, run, submit
     from pocl_ds.config import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Recipe", "RunResult", "__version__", "distill", "run", "submit"]
 
 _MODULES = {
