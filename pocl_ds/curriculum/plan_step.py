@@ -23,6 +23,8 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
+SOLVED_ROUGE_L = 0.999  # above it an answer has the words of the reference, whatever the rounding
+MAX_SOLVED = 0.9  # share of a first subset
 PLAN_REMEDY = "remove plan/ and run `pocl plan` again"
 
 
@@ -66,8 +68,11 @@ def write_plan(
             stage.temperature,
             stage.sft_ratio,
         )
-    # Write the plan, then its manifest.
     ends = _subset_ends(order, plan, weights)
+    solved = _solved_share(run, ends[0])
+    if weights is None and (message := solved_warning(plan, solved)):
+        log.warning("%s", message)
+    # Write the plan, then its manifest.
     write_json(run.plan / "plan.json", {**plan.to_json(), "subset_ends": ends})
     (run.plan / WEIGHTS).unlink(missing_ok=True)
     if weights is not None:
@@ -78,9 +83,36 @@ def write_plan(
         "left_out": 0 if weights is None else int((weights == 0).sum()),
         "steps": plan.total_steps,
         "visits": plan.total_steps * batch_size,
+        "first_subset_solved": solved,
         "seconds": time.monotonic() - start,
     }
     return write_manifest(run.plan, "plan", fingerprint, info=info)
+
+
+def solved_warning(plan: Plan, solved: float | None) -> str | None:
+    """A warning of a first subset that teaches the student little. solved: the share of its samples
+    that the student answers as the reference does; None if it is not known.
+    """
+    first, stages = plan.stages[0], plan.stages
+    if solved is None or solved < MAX_SOLVED or plan.scheduler != "baby_step" or len(stages) == 1:
+        return None
+    visits = first.num_samples * sum(stage.epochs for stage in stages)
+    share = visits / sum(stage.num_samples * stage.epochs for stage in stages)
+    return (
+        f"plan: before training the student answers {solved:.0%} of the first subset as the "
+        f"reference does (ROUGE-L 1), and {share:.0%} of all sample visits go there: a rule of "
+        "curriculum.sample_weights can leave such samples out, and "
+        "curriculum.scheduler=all_samples visits all samples equally often"
+    )
+
+
+def _solved_share(run: RunDirectory, stop: int) -> float | None:
+    """Share of the first `stop` samples of the ranking whose ROUGE-L is 1; None without ROUGE-L."""
+    path = run.ranking / "ranking.parquet"
+    if "rouge_l" not in pq.read_schema(path).names:
+        return None
+    rouge_l = pq.read_table(path, columns=["rouge_l"])["rouge_l"].to_numpy()[:stop]
+    return float((rouge_l > SOLVED_ROUGE_L).mean())
 
 
 def plan_from_config(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pocl_ds.config import BaselineConfig, CurriculumConfig
@@ -20,7 +23,15 @@ def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path)
     run.ranking.mkdir()
     np.save(run.ranking / "order.npy", np.random.default_rng(0).permutation(400))
+    write_rouge_l(run, [0.5] * 400)
     return run
+
+
+def write_rouge_l(run: RunDirectory, values: list[float] | None) -> None:
+    """The table of the ranking, easiest first; None for one without scores."""
+    columns = {"id": [str(number) for number in range(400)]}
+    table = columns if values is None else {**columns, "rouge_l": values}
+    pq.write_table(pa.table(table), run.ranking / "ranking.parquet")
 
 
 def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
@@ -37,6 +48,7 @@ def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
         "left_out": 0,
         "steps": plan.total_steps,
         "visits": plan.total_steps * 16,
+        "first_subset_solved": 0.0,
     }
     assert set(read_json(run.plan / "plan.json")["stages"][0]) == {
         "index",
@@ -48,6 +60,33 @@ def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
         "steps_per_epoch",
         "steps",
     }
+
+
+@pytest.mark.parametrize(
+    ("solved", "changes", "warns"),
+    [
+        (95, {}, True),
+        (89, {}, False),
+        (95, {"scheduler": "all_samples"}, False),
+        (95, {"num_subsets": 1}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_first_subset_that_the_student_solves_is_a_warning(
+    run: RunDirectory,
+    solved: int | None,
+    changes: dict[str, Any],
+    warns: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its samples are visited most, and teach little."""
+    values = None if solved is None else [1.0] * solved + [0.4] * (400 - solved)
+    write_rouge_l(run, values)
+    manifest = write_plan(run, CurriculumConfig(**changes), batch_size=4, seed=0, fingerprint="f")
+    share = None if solved is None else solved / (400 / (changes.get("num_subsets", 4)))
+    assert manifest.info["first_subset_solved"] == share
+    sentence = "the student answers 95% of the first subset as the reference does (ROUGE-L 1), and "
+    assert (sentence in caplog.text) == warns == ("40% of all sample visits" in caplog.text)
 
 
 def test_a_finished_plan_is_reused_and_another_recipe_replaces_it(run: RunDirectory) -> None:
