@@ -213,11 +213,11 @@ def test_errors_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="there is a divergence 'fkl' already"):
         check_recipe(recipe("clashing"))
     for kind, name in (("metric", "fusion"), ("strategy", "words"), ("metric", "length")):
-        (tmp_path / f"clashing_{kind}.py").write_text(
+        (tmp_path / f"clashing_{kind}_{name}.py").write_text(
             f"from pocl_ds import plugins\nplugins.{kind}('{name}')(print)\n"
         )
         with pytest.raises(RecipeError, match=f"ranking.strategy={name} exists already"):
-            check_recipe(recipe(f"clashing_{kind}"))
+            check_recipe(recipe(f"clashing_{kind}_{name}"))
     STRATEGIES["by_id"] = lambda scores: np.zeros(len(scores.ids), np.int64)
     with pytest.raises(RecipeError, match="does not name every sample once"):
         rank_by_difficulty([0.1, 0.2], [1.0, 2.0], ["x", "y"], strategy="by_id")
