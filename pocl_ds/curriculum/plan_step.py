@@ -70,7 +70,7 @@ def write_plan(
         )
     ends = _subset_ends(order, plan, weights)
     solved = _solved_share(run, ends[0])
-    if weights is None and (message := solved_warning(plan, solved)):
+    if weights is None and (message := _solved_warning(plan, solved)):
         log.warning("%s", message)
     # Write the plan, then its manifest.
     write_json(run.plan / "plan.json", {**plan.to_json(), "subset_ends": ends})
@@ -89,7 +89,7 @@ def write_plan(
     return write_manifest(run.plan, "plan", fingerprint, info=info)
 
 
-def solved_warning(plan: Plan, solved: float | None) -> str | None:
+def _solved_warning(plan: Plan, solved: float | None) -> str | None:
     """A warning of a first subset that teaches the student little. solved: the share of its samples
     that the student answers as the reference does; None if it is not known.
     """

@@ -19,8 +19,8 @@ import torch
 from pocl_ds.data.tasks import generate_tasks
 
 VOCABULARY, MAX_POSITIONS, HEADS = 640, 128, 4  # every word of the tasks becomes one token
-# The usual 0.02 is for wide models: with it a third of the tasks is right after the steps in which
-# half of them is with this one.
+# The usual 0.02 is for wide models: it gets a third of the tasks right after as many steps as give
+# a half with this value.
 INITIALIZER_RANGE = 0.07
 END, PADDING = "<|endoftext|>", "<|pad|>"
 TOKENIZER_SAMPLES = 4000
