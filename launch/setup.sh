@@ -218,6 +218,13 @@ sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists()
   echo "setup: vLLM cannot generate on a GPU without ${packages[*]}: run 'sudo apt-get install ${packages[*]}' here and on the GPU nodes"
 }
 
+# The tests of code in a sandbox need it; without it they are skipped.
+ensure_bubblewrap() {
+  command -v bwrap >/dev/null && return
+  if can_apt_install && apt_install bubblewrap; then return; fi
+  echo "setup: tests of benchmarks with \`verify: code\` are skipped without bubblewrap: run 'sudo apt-get install bubblewrap' to have them"
+}
+
 # With a driver that is too old, torch silently falls back to the CPU.
 ensure_gpu_works() {
   lists_gpu || return 0
@@ -237,7 +244,10 @@ except RuntimeError as error:
 extras=$stack
 for group in "${missing_groups[@]}"; do
   case $group in
-    dev) extras+=,dev,docs,harness,lora,trl ;;
+    dev)
+      extras+=,dev,docs,harness,lora,trl
+      ensure_bubblewrap
+      ;;
     quickstart) extras+=,quickstart ;;
   esac
 done

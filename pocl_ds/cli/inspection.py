@@ -123,7 +123,7 @@ def compare(
         ),
     ] = None,
     measure: Annotated[
-        str, typer.Option(help="Compare by this measure: rouge_l, exact_match or judge.")
+        str, typer.Option(help="Compare by this measure: rouge_l, exact_match, correct or judge.")
     ] = "rouge_l",
     force: Annotated[
         bool,

@@ -46,6 +46,12 @@ class BenchmarkConfig(Section):
     )
     format: RecordFormat = Field("auto", description=FORMAT_DESCRIPTION)
     fields: RecordFields = Field(default_factory=dict, description=FIELDS_DESCRIPTION)
+    verify: Literal["number", "code"] | None = Field(
+        None,
+        description="Also measure how many answers are correct: `number` if an answer ends with "
+        "the number that its reference ends with; `code` if its Python code passes the tests that "
+        "its references are, in a sandbox (bubblewrap); `null` for neither.",
+    )
 
 
 class JudgeConfig(ClientConfig):

@@ -21,6 +21,11 @@ from pocl_ds.evaluation.comparison import (
     comparison_sentence,
 )
 from pocl_ds.evaluation.judge import read_verdicts, verdicts_file
+from pocl_ds.evaluation.verification import (
+    read_verification,
+    verification_file,
+    verification_manifest,
+)
 from pocl_ds.metrics.bootstrap import Floats
 from pocl_ds.metrics.footnotes import merge_footnotes
 from pocl_ds.runtime.formatting import align_columns
@@ -34,6 +39,7 @@ log = logging.getLogger("pocl_ds")
 MEASURES = {
     "rouge_l": ("ROUGE-L", 100.0),
     "exact_match": ("% exact match", 100.0),
+    "correct": ("% correct", 100.0),
     "judge": ("in the judge's scores", 1.0),
 }
 MEAN = "mean of all"  # cannot be the name of a benchmark, since it has spaces
@@ -90,7 +96,7 @@ def compare_models(
         raise RecipeError(f"there is no measure {measure!r}: choose one of {', '.join(MEASURES)}")
     scores: dict[str, tuple[Floats, Floats]] = {}
     all_differences: list[str] = []
-    for name in _common_benchmarks(a, b, benchmark):
+    for name in _common_benchmarks(a, b, benchmark, measure):
         scores_a, scores_b = (read_scores(model, name, measure) for model in (a, b))
         differences = _differences(scores_a, scores_b)
         if differences and not force:
@@ -114,19 +120,15 @@ def read_scores(compared: ComparedModel, benchmark: str, measure: str) -> Benchm
     """
     run, model = compared.run, compared.model
     seeds, factor = read_results(run)["seeds"], MEASURES[measure][1]
-    files = [answers_file(run, model, benchmark, seed) for seed in seeds]
     if measure == "judge":  # it may have judged the first seeds only
-        files = [
-            file
-            for seed, file in zip(seeds, files, strict=True)
-            if verdicts_file(run, model, benchmark, seed).is_file()
-        ]
+        seeds = [s for s in seeds if verdicts_file(run, model, benchmark, s).is_file()]
 
     # Read all seeds, which must have been generated in the same way.
     scores: dict[str, list[float]] = {}
     prompts: dict[str, Any] = {}
     settings: dict[str, Any] | None = None
-    for file in files:
+    for seed in seeds:
+        file = answers_file(run, model, benchmark, seed)
         records, manifest = read_answers(file), answers_manifest(file)
         file_settings = manifest.info.get("settings") if manifest else None
         if file_settings is None or (settings is not None and file_settings != settings):
@@ -135,7 +137,7 @@ def read_scores(compared: ComparedModel, benchmark: str, measure: str) -> Benchm
                 "`pocl evaluate` again"
             )
         settings = file_settings
-        values = _stored_scores(file, records, measure)
+        values = _stored_scores(compared, benchmark, seed, records, measure)
         for record in records:
             prompt = [record["instruction"], record.get("input", ""), record["references"]]
             prompts.setdefault(record["id"], prompt)
@@ -149,8 +151,11 @@ def read_scores(compared: ComparedModel, benchmark: str, measure: str) -> Benchm
         )
     if measure == "judge":
         settings = {**settings, "judge": _judge_settings(compared, benchmark, seeds)}
+    if measure == "correct":
+        manifest = verification_manifest(verification_file(run, model, benchmark, seeds[0]))
+        settings = {**settings, "verify": manifest.info["verify"] if manifest else None}
     # An item without a verdict under some seed does not count.
-    complete = {item: values for item, values in scores.items() if len(values) == len(files)}
+    complete = {item: values for item, values in scores.items() if len(values) == len(seeds)}
     return BenchmarkScores(complete, settings, prompts)
 
 
@@ -196,8 +201,10 @@ def comparison_lines(result: ModelComparison, a: ComparedModel, b: ComparedModel
     ]
 
 
-def _common_benchmarks(a: ComparedModel, b: ComparedModel, name: str | None) -> list[str]:
-    """Benchmarks that both models have answered, or only `name`."""
+def _common_benchmarks(
+    a: ComparedModel, b: ComparedModel, name: str | None, measure: str
+) -> list[str]:
+    """Benchmarks with the measure that both models have answered, or only `name`."""
     benchmarks: list[list[str]] = []
     for compared in (a, b):
         models = read_results(compared.run)["models"]
@@ -206,7 +213,15 @@ def _common_benchmarks(a: ComparedModel, b: ComparedModel, name: str | None) -> 
                 f"{compared.run.path} has no results of {compared.model!r}: it has "
                 f"{', '.join(models)}"
             )
-        benchmarks.append(list(models[compared.model]["benchmarks"]))
+        entries = models[compared.model]["benchmarks"]
+        if measure == "correct":
+            entries = {key: entry for key, entry in entries.items() if "correct" in entry}
+            if not entries:
+                raise ArtifactError(
+                    f"{compared.run.path} has no benchmark whose answers are verified: set "
+                    "evaluate.benchmarks.NAME.verify, and run `pocl evaluate` again"
+                )
+        benchmarks.append(list(entries))
     names_a, names_b = benchmarks
     common = [benchmark for benchmark in names_a if benchmark in names_b]
     if name is not None and name not in common:
@@ -226,11 +241,16 @@ def _common_benchmarks(a: ComparedModel, b: ComparedModel, name: str | None) -> 
     return common
 
 
-def _stored_scores(file: Path, records: list[dict[str, Any]], measure: str) -> dict[str, float]:
+def _stored_scores(
+    compared: ComparedModel, benchmark: str, seed: int, records: list[dict[str, Any]], measure: str
+) -> dict[str, float]:
     """Item id -> score as stored; items without a verdict are left out."""
+    place = (compared.run, compared.model, benchmark, seed)
+    if measure == "correct":
+        return dict(read_verification(verification_file(*place)))
     if measure != "judge":
         return {record["id"]: float(record[measure]) for record in records}
-    verdicts = read_verdicts(file.with_name(f"{file.stem}.judge.jsonl"))
+    verdicts = read_verdicts(verdicts_file(*place))
     return {
         record["id"]: float(record["score"]) for record in verdicts if record["score"] is not None
     }

@@ -42,6 +42,11 @@ from pocl_ds.evaluation.evaluated_models import model_identity
 from pocl_ds.evaluation.harness_results import harness_file, read_harness_results
 from pocl_ds.evaluation.judge import summarize_verdicts, verdicts_file
 from pocl_ds.evaluation.rouge_tokenizers import benchmark_rouge_tokenizers, tokenizer_footnote
+from pocl_ds.evaluation.verification import (
+    check_references,
+    summarize_verification,
+    verification_file,
+)
 from pocl_ds.generation.endpoint_generator import EndpointGenerator
 from pocl_ds.generation.protocol import TextGenerator
 from pocl_ds.generation.reused_generator import ReusedGenerator
@@ -96,7 +101,8 @@ def generate_answers(
 
     Raises:
         RecipeError: a benchmark's name cannot be a file name.
-        DataError: a benchmark has an item without a reference, or is not available.
+        DataError: a benchmark has an item without a reference, or without one to verify answers by,
+            or is not available.
         ArtifactError: a benchmark has no items.
     """
     check_benchmark_names(config.benchmarks)
@@ -104,6 +110,8 @@ def generate_answers(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
+    for name, items in samples.items():
+        check_references(config, name, items)
 
     # Find the files of this shard that are missing or were generated differently.
     common = {**answer_settings(prompt, config), "dtype": resolve_dtype(config.generation.dtype)}
@@ -235,6 +243,8 @@ def _parts(run: RunDirectory, config: EvaluateConfig, models: Sequence[str]) -> 
         parts += [harness_file(run, model) for model in models]
     for model, benchmark, seed in itertools.product(models, config.benchmarks, config.seeds):
         parts.append(answers_file(run, model, benchmark, seed))
+        if config.benchmarks[benchmark].verify:
+            parts.append(verification_file(run, model, benchmark, seed))
         if config.judge:
             parts.append(verdicts_file(run, model, benchmark, seed))
     return [path for path in parts if path.is_file()]
@@ -255,6 +265,7 @@ def _model_results(
         files = [answers_file(run, model, name, seed) for seed in config.seeds]
         manifests = [answers_manifest(file) for file in files]
         numbers = summarize_answers([read_answers(file) for file in files], manifests)
+        numbers |= summarize_verification(run, config, model, name)
         is_test_split = benchmark.source == TEST_SPLIT
         benchmark_losses = (
             test_losses if is_test_split else losses.get("benchmarks", {}).get(name, {})

@@ -1,5 +1,6 @@
-"""What a distillation changed on the test split, by loss, KL to the teacher and ROUGE-L: the
-student after it compared with the one before it, and with the baseline.
+"""What a distillation changed on the test split, by loss, KL to the teacher, correct answers where
+they are verified, and ROUGE-L: the student after it compared with the one before it, and with the
+baseline.
 
 The intervals are those of `comparison`: a paired bootstrap over the samples.
 """
@@ -13,13 +14,14 @@ import numpy as np
 from pocl_ds.evaluation.answers import HELD_OUT_LOSS, answers_file, read_answers
 from pocl_ds.evaluation.comparison import MIN_ITEMS, Comparison, compare_ratios, compare_scores
 from pocl_ds.evaluation.tables import LABELS
+from pocl_ds.evaluation.verification import read_verification, verification_file
 from pocl_ds.metrics.bootstrap import Floats
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
 TEST = "test"  # the benchmark of the test split
 # Name of each measure, and the sign of an improvement.
-MEASURES = {"loss/token": -1, "KL to teacher": -1, "ROUGE-L": 1}
+MEASURES = {"loss/token": -1, "KL to teacher": -1, "% correct": 1, "ROUGE-L": 1}
 
 
 def outcome_lines(run: RunDirectory, results: dict[str, Any]) -> list[str]:
@@ -55,10 +57,24 @@ def _compare(
         if key in losses["student"]:
             a, b = (np.array(entry[key], float) for entry in (before, after))
             changes[name] = compare_ratios(a, b, tokens)
-    if all(TEST in results["models"][model]["benchmarks"] for model in (other, "student")):
-        scores = [_rouge_l(run, model, results["seeds"]) for model in (other, "student")]
+    models, seeds = (other, "student"), results["seeds"]
+    entries = [results["models"][model]["benchmarks"].get(TEST) for model in models]
+    if all(entry and "correct" in entry for entry in entries):
+        shares = [_correct(run, model, seeds) for model in models]
+        changes["% correct"] = compare_scores(shares[0], shares[1])
+    if all(entry is not None for entry in entries):
+        scores = [_rouge_l(run, model, seeds) for model in models]
         changes["ROUGE-L"] = compare_scores(scores[0], scores[1])
     return changes
+
+
+def _correct(run: RunDirectory, model: str, seeds: list[int]) -> Floats:
+    """100 for each correct answer, by sample and seed: [n, s]."""
+    columns = []
+    for seed in seeds:
+        verified = read_verification(verification_file(run, model, TEST, seed))
+        columns.append([100.0 * verified[name] for name in sorted(verified)])
+    return np.array(columns).T
 
 
 def _rouge_l(run: RunDirectory, model: str, seeds: list[int]) -> Floats:

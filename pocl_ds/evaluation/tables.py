@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
+from pocl_ds.metrics.result_columns import result_columns
 
 # Model -> its label, in the order of the rows.
 LABELS = {
@@ -26,32 +27,36 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
-    """A header and one row per model: loss and KL in nats per token, ROUGE-L in percent."""
+    """A header and one row per model: loss and KL in nats per token, correct answers and ROUGE-L in
+    percent.
+    """
     models = results["models"]
     benchmarks = list(
         dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"])
     )
+    columns = result_columns(results, benchmarks)
+    titles = {"correct": "% correct", "rouge_l": "ROUGE-L"}
     header = [
         "",
         "loss/token",
         "KL to teacher",
-        *(f"ROUGE-L {mark_benchmark(name, results)}" for name in benchmarks),
+        *(f"{titles[measure]} {mark_benchmark(name, results)}" for measure, name in columns),
     ]
     rows = [header]
     for model, label in LABELS.items():
         if model in models:
             entry = models[model]
-            scores = [_format_score(entry["benchmarks"].get(name)) for name in benchmarks]
+            scores = [_format_score(entry["benchmarks"].get(name), key) for key, name in columns]
             loss, kl = (_format_number(entry.get(key), 3) for key in ("loss", "kl"))
             rows.append([label, loss, kl, *scores])
     return rows
 
 
-def _format_score(entry: dict[str, Any] | None) -> str:
-    if entry is None:
+def _format_score(entry: dict[str, Any] | None, measure: str) -> str:
+    if entry is None or measure not in entry:
         return "–"
-    deviation = entry["rouge_l_deviation"]
-    score = _format_number(entry["rouge_l"], 2)
+    deviation = entry[f"{measure}_deviation"]
+    score = _format_number(entry[measure], 2)
     return score + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 

@@ -33,7 +33,7 @@ from pocl_ds.report.formatting import (
     ABSENT,
     LOSS_LABELS,
     format_number,
-    format_rouge,
+    format_score,
     format_size,
     kl_footnotes,
 )
@@ -337,7 +337,7 @@ def _score(summary: RunSummary, benchmark: str, model: str) -> str:
         return ABSENT
     entry = summary.results["models"][model]["benchmarks"][benchmark]
     low, high = items.intervals[model]
-    return f"{format_rouge(entry)} ({low:.2f} to {high:.2f})"
+    return f"{format_score(entry)} ({low:.2f} to {high:.2f})"
 
 
 def _common_items(runs: Sequence[ComparedRun], *, forced: bool) -> tuple[list[dict[str, Any]], str]:

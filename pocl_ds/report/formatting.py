@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from pocl_ds.metrics.footnotes import mark_benchmark
+from pocl_ds.metrics.result_columns import result_columns
 from pocl_ds.report.history import StepCost
 from pocl_ds.report.run_summary import MODEL_LABELS, STEP_PARTS, RunSummary
 from pocl_ds.runtime.formatting import format_duration
 from pocl_ds.runtime.loss_spikes import LossSpikes
 
 ABSENT = "–"
+RESULT_LABELS = {"correct": "correct (%)", "rouge_l": "ROUGE-L"}
 LOSS_LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
 # Other measures of a benchmark: label, path in its results, decimals.
 MEASURES: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("correct (%)", ("correct",), 1),
     ("exact match", ("exact_match",), 1),
     ("words", ("words",), 1),
     ("repetition", ("repetition_rate",), 2),
@@ -59,12 +62,12 @@ def format_number(value: float | None, digits: int) -> str:
     return ABSENT if value is None else f"{value:.{digits}f}"
 
 
-def format_rouge(entry: dict[str, Any] | None) -> str:
-    """ROUGE-L of a benchmark's results, with its deviation over seeds."""
-    if entry is None:
+def format_score(entry: dict[str, Any] | None, measure: str = "rouge_l") -> str:
+    """A measure of a benchmark's results, with its deviation over seeds."""
+    if entry is None or measure not in entry:
         return ABSENT
-    deviation = entry.get("rouge_l_deviation")
-    return format_number(entry["rouge_l"], 2) + ("" if deviation is None else f" ± {deviation:.2f}")
+    deviation = entry.get(f"{measure}_deviation")
+    return format_number(entry[measure], 2) + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 def cost_rows(step_costs: Sequence[StepCost]) -> list[list[str]]:
@@ -159,25 +162,31 @@ def source_rows(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
 
 
 def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Header, and (model, cells): loss and KL in nats per token, ROUGE-L x100 by benchmark."""
+    """Header, and (model, cells): loss and KL in nats per token, correct answers in percent and
+    ROUGE-L x100 by benchmark.
+    """
     entries = {
         model: results["models"][model] for model in MODEL_LABELS if model in results["models"]
     }
     benchmarks = list(
         dict.fromkeys(name for entry in entries.values() for name in entry["benchmarks"])
     )
+    columns = result_columns(results, benchmarks)
     losses = [
         key for key in LOSS_LABELS if any(entry.get(key) is not None for entry in entries.values())
     ]
     header = [
         "model",
         *(LOSS_LABELS[key] for key in losses),
-        *(f"ROUGE-L, {mark_benchmark(name, results)}" for name in benchmarks),
+        *(
+            f"{RESULT_LABELS[measure]}, {mark_benchmark(name, results)}"
+            for measure, name in columns
+        ),
     ]
     rows = []
     for model, entry in entries.items():
         cells = [MODEL_LABELS[model], *(format_number(entry.get(key), 3) for key in losses)]
-        cells += [format_rouge(entry["benchmarks"].get(name)) for name in benchmarks]
+        cells += [format_score(entry["benchmarks"].get(name), key) for key, name in columns]
         rows.append((model, cells))
     return header, rows
 
@@ -272,7 +281,7 @@ def benchmark_rows(summary: RunSummary) -> tuple[list[str], list[tuple[str, str,
             benchmark.name,
             MODEL_LABELS[model],
             f"{entry['samples']:,}",
-            format_rouge(entry),
+            format_score(entry),
             f"{low:.2f} to {high:.2f}",
             *(format_number(_lookup(entry, path), digits) for _, path, digits in measures),
         ]

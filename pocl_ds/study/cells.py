@@ -63,8 +63,10 @@ class StudyConfig(Section):
     compare: tuple[tuple[str, str], ...] = Field(
         (), description="Pairs of arms: is the first better than the second?"
     )
-    measure: Literal["rouge_l", "exact_match"] = Field(
-        "rouge_l", description="What the table shows and the pairs compare, in percent."
+    measure: Literal["rouge_l", "exact_match", "correct"] = Field(
+        "rouge_l",
+        description="What the table shows and the pairs compare, in percent; `correct` needs "
+        "benchmarks with `verify`.",
     )
     until: Literal["rank", "evaluate", "report"] = Field(
         "report",
@@ -191,7 +193,7 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
             "labels"
         )
     if study.until != "rank":
-        _check_evaluations(study.name, cells)
+        _check_evaluations(study, cells)
     _check_published_benchmarks(study, cells, overrides)
     return cells
 
@@ -207,10 +209,17 @@ def _labels(axis: str, values: dict[str, Overrides] | tuple[Any, ...]) -> dict[s
     }
 
 
-def _check_evaluations(name: str, cells: list[Cell]) -> None:
+def _check_evaluations(study: StudyConfig, cells: list[Cell]) -> None:
     """Raise RecipeError if the cells do not evaluate their students in the same way, so that one
-    table could not hold them.
+    table could not hold them, or not by the measure of the study.
     """
+    name = study.name
+    for benchmark, config in cells[0].recipe.evaluate.benchmarks.items():
+        if study.measure == "correct" and config.verify is None:
+            raise RecipeError(
+                f"study {name}: measure=correct needs evaluate.benchmarks.{benchmark}.verify in "
+                "its base recipe: set it, or leave the benchmark out"
+            )
     evaluations = []
     for cell in cells:
         evaluate = cell.recipe.evaluate

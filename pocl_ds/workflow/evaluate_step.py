@@ -1,4 +1,5 @@
-"""What the workflow step `evaluate` runs: answers, standard tasks, held-out loss, judge, results.
+"""What the workflow step `evaluate` runs: answers, verification, standard tasks, held-out loss,
+judge, and results.
 
 Imports of libraries are inside the functions, as in `step_functions`.
 """
@@ -36,8 +37,8 @@ def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
 
 def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
     """Generate the answers of some models; or, without `request.model`, those of all models that no
-    other process generates, run the standard tasks, measure the held-out loss, run the judge, and
-    write the results.
+    other process generates, verify them, run the standard tasks, measure the held-out loss, run the
+    judge, and write the results.
     """
     from pocl_ds.evaluation.benchmarks import skip_empty_test_split
     from pocl_ds.evaluation.evaluate import RESULTS, summarize_results
@@ -45,6 +46,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     from pocl_ds.evaluation.harness import run_harness
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
+    from pocl_ds.evaluation.verification import check_sandboxed_benchmarks, verify_answers
     from pocl_ds.generation.reused_generator import ReusedGenerator
     from pocl_ds.workflow.input_digests import harness_file_digests
     from pocl_ds.workflow.processes import run_process
@@ -56,6 +58,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
         _requested_part(recipe.evaluate, request),
         warn=not request.model or request.benchmark is not None,
     )
+    check_sandboxed_benchmarks(config)
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
     trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
 
@@ -67,6 +70,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
                 _generate_answers(recipe, run, config, model, shard, generators, trust=trust)
     if request.model:
         return
+    verify_answers(run, config, models)
     paths = {name: model_path(run, name) for name in _models_with_weights(recipe, models)}
     run_harness(
         run,

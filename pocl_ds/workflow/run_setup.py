@@ -15,7 +15,12 @@ from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.metrics import check_wandb
-from pocl_ds.workflow.checks import check_ds_configs, check_harness, check_most_samples
+from pocl_ds.workflow.checks import (
+    check_code_sandbox,
+    check_ds_configs,
+    check_harness,
+    check_most_samples,
+)
 from pocl_ds.workflow.files import (
     atomic_write,
     explain_disk_errors,
@@ -98,8 +103,11 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
     write_json(run.input_digests, described_inputs(recipe))
 
 
-def check_recipe_fits(run: RunDirectory, recipe: Recipe) -> None:
+def check_recipe_fits(run: RunDirectory, recipe: Recipe, *, runs_here: bool = True) -> None:
     """Check that a recipe can run in a run directory, without writing anything.
+
+    runs_here: the steps run with the programs of this machine, not in a container; these must have
+    what the recipe needs.
 
     It may differ from the recorded one only in fields of unfinished steps and in fields that change
     no result. Raises ArtifactError if a finished step belongs to another recipe, RecipeError for
@@ -116,10 +124,13 @@ def check_recipe_fits(run: RunDirectory, recipe: Recipe) -> None:
         _check_finished_steps(run, recipe)
     check_is_run_directory(run)
     finished = finished_steps(run, recipe)
+    if not runs_here:
+        return
     if recipe.train.tracking.wandb and not finished["train"]:
         check_wandb()
     if not finished["evaluate"]:
         check_harness(recipe)
+        check_code_sandbox(recipe)
 
 
 def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:
