@@ -76,7 +76,7 @@ def _server() -> ForkServer:
 
 
 def run_module(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
-    """Run a module of tests/ in a process of its own: training leaves process groups behind."""
+    """Run a module of tests/ in its own process: training leaves process groups behind."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [*launcher, "--module"] if launcher else [sys.executable, "-m"]
     process = subprocess.run(

@@ -1,5 +1,5 @@
 """Fills teacher caches by vLLM, one model after the other in this process, as vLLM is slow to
-import. The process of its own, which a rank would start, is left out.
+import. The separate process that a rank would start is left out.
 
     python -m vllm_cache_worker OUT.json FOLDER...
 

@@ -154,7 +154,8 @@ def read_attempts(path: Path) -> list[Attempt]:
     ignored.
     """
     attempts: dict[int, Attempt] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
             attempt = Attempt(**json.loads(line))
         except (json.JSONDecodeError, TypeError):

@@ -26,7 +26,7 @@ log = logging.getLogger("pocl_ds")
 
 @dataclass(frozen=True)
 class FetchedInput:
-    """Something that a recipe reads. bytes: None where a library keeps it in files of its own."""
+    """Something that a recipe reads. bytes: None where a library keeps it in its own files."""
 
     field: str
     name: str

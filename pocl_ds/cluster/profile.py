@@ -132,7 +132,7 @@ class KubernetesConfig(Section):
     def _check_claims(cls, value: dict[str, str]) -> dict[str, str]:
         paths = [path.rstrip("/") for path in value.values()]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
-            raise ValueError(f"two claims are mounted at {twice}: give each a path of its own")
+            raise ValueError(f"two claims are mounted at {twice}: give each its own path")
         return value
 
 

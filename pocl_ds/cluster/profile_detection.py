@@ -142,8 +142,8 @@ def _describe(kind: NodeKind, config: str) -> dict[str, Any]:
 def _remarks(chosen: NodeKind, kinds: list[NodeKind], config: str) -> list[str]:
     """What a user should know of the choice and of the cluster."""
     remarks = [chosen.label]
-    if others := [kind.label for kind in kinds if kind != chosen]:
-        remarks.append(f"not chosen, see --partition and --gpu: {'; '.join(others)}")
+    if other_kinds := [kind.label for kind in kinds if kind != chosen]:
+        remarks.append(f"not chosen, see --partition and --gpu: {'; '.join(other_kinds)}")
     if any(kind.partition == chosen.partition and kind != chosen for kind in kinds):
         remarks.append(
             "its nodes differ: the profile is for those above, and constraint or gpu_type keeps "

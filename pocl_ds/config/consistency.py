@@ -286,10 +286,10 @@ def _check_teacher_responses(recipe: Recipe) -> None:
             f"policy.name={policy.name} generates with the unquantized teacher: remove "
             f"teacher.quantization={teacher.quantization}"
         )
-    if others := "teacher.ensemble" if teacher.ensemble else teacher.routes_field:
+    if conflicting := "teacher.ensemble" if teacher.ensemble else teacher.routes_field:
         raise ValueError(
             f"policy.shares.teacher={policy.shares.teacher:g} generates with one teacher, and "
-            f"{others} names more: remove {others}, or set policy.shares.teacher=0"
+            f"{conflicting} names more: remove {conflicting}, or set policy.shares.teacher=0"
         )
     if teacher.mode == "online":
         return

@@ -309,7 +309,7 @@ class DataConfig(Section):
 
     @property
     def has_domains(self) -> bool:
-        """Whether samples have a domain: a field of their own (`fields.domain`), their source in
+        """Whether samples have a domain: their own field (`fields.domain`), their source in
         a mixture, or the level of a built-in task.
         """
         sections = [*self.training_sources, *map(self.held_out_source, HELD_OUT_SPLITS)]

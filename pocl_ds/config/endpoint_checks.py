@@ -34,9 +34,10 @@ def _check_one_model(recipe: Recipe) -> None:
     """Fields that choose or change models which the servers do not run."""
     teacher = recipe.teacher
     assert teacher is not None
-    if others := "teacher.ensemble" if teacher.ensemble else teacher.routes_field:
+    if conflicting := "teacher.ensemble" if teacher.ensemble else teacher.routes_field:
         raise ValueError(
-            f"teacher.endpoint runs one teacher, and {others} names more: remove one of the two"
+            f"teacher.endpoint runs one teacher, and {conflicting} names more: remove one of "
+            "the two"
         )
     if teacher.quantization != "none":
         raise ValueError(

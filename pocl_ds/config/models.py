@@ -142,7 +142,7 @@ class TeacherConfig(ModelConfig):
     placement: Literal["with_student", "own_ranks"] = Field(
         "with_student",
         description="Where an online teacher runs in training: `with_student`, on the student's "
-        "ranks, or `own_ranks`, on `ranks` processes and GPUs of its own, at the same time as the "
+        "ranks, or `own_ranks`, on `ranks` separate processes and GPUs, at the same time as the "
         "student. The losses are the same.",
         json_schema_extra=RUNTIME_ONLY,
     )

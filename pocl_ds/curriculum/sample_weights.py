@@ -45,10 +45,10 @@ def _stratified(scores: SampleScores, *, share: float, hard_share: float) -> NDA
     order = np.argsort(scores["place"], kind="stable")
     count = max(1, round(share * len(order)))
     hardest = round(hard_share * count)
-    easier, rest = count - hardest, len(order) - hardest
-    spaced = ((np.arange(easier) + 0.5) * rest / max(easier, 1)).astype(np.int64)
+    easier, first_hardest = count - hardest, len(order) - hardest
+    spaced = ((np.arange(easier) + 0.5) * first_hardest / max(easier, 1)).astype(np.int64)
     weights = np.zeros(len(order))
-    weights[order[rest:]] = 1
+    weights[order[first_hardest:]] = 1
     weights[order[spaced]] = 1
     return weights
 

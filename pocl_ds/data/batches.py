@@ -49,7 +49,7 @@ class Batch:
     teacher_number: int = 0  # which of several teachers its samples have
     # Of a cached teacher, see `Teacher.outputs`; read together with the batch.
     teacher_outputs: Tensor | None = None
-    # Number of the request for the outputs of a teacher on ranks of its own; None: not requested
+    # Number of the request for the outputs of a teacher on its own ranks; None: not requested
     teacher_request: int | None = None
     # [B] float32, factor of each sample's loss; None: every sample counts once
     sample_weights: Tensor | None = None

@@ -130,15 +130,15 @@ class ChatTemplate:
     def _without_system(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with their system text before the first user message, or without it."""
         system = [m.content for m in messages if m.role in (SYSTEM, DEVELOPER) and m.content]
-        rest = [m for m in messages if m.role not in (SYSTEM, DEVELOPER)]
+        turns = [m for m in messages if m.role not in (SYSTEM, DEVELOPER)]
         if self.system_message == "drop" or not system:
-            return rest
-        for index, message in enumerate(rest):
+            return turns
+        for index, message in enumerate(turns):
             if message.role == USER:
                 text = "\n\n".join([*system, message.content])
-                rest[index] = replace(message, content=text)
-                return rest
-        return rest
+                turns[index] = replace(message, content=text)
+                return turns
+        return turns
 
     def _trees(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages as the template reads them."""

@@ -139,13 +139,13 @@ def find_overlap(
         with Progress(
             len(rows["train"]), "samples", label, min_seconds=MIN_PROGRESS_SECONDS
         ) as progress:
-            for lines, (places, keys, found) in map_chunks(
+            for lines, (places, keys, owner_indices) in map_chunks(
                 lambda lines: _find_in_lines(lines, run_table, reference_table),
                 chunks_of_lines(spool.lines(rows["train"])),
                 num_workers,
             ):
                 run_hits.add(places + progress.done, keys)
-                reference_hits[found] = True
+                reference_hits[owner_indices] = True
                 progress.advance(len(lines))
 
     # Whose hashes were found?
@@ -207,8 +207,8 @@ def _find_in_lines(
         hashes, owners = hash_runs(
             (number, text) for number, sample in enumerate(samples) for text in sample_texts(sample)
         )
-        found, keys = runs.find(hashes)
-        places = owners[found]
+        owner_indices, keys = runs.find(hashes)
+        places = owners[owner_indices]
     responses = [long_text_key(sample.response.content) for sample in samples]
     response_keys = np.array([key for key in responses if key is not None], np.uint64)
     return places, keys, references.find(response_keys)[1]

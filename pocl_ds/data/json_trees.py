@@ -44,7 +44,7 @@ def records_of_object(
     if len(tables) > 1:
         raise DataError(
             f"{owner} holds several lists of records ({', '.join(tables)}): write the one to read "
-            "into a file of its own"
+            "into its own file"
         )
     if tables:
         return next(iter(tables.values())), False

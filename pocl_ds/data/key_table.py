@@ -23,7 +23,7 @@ class KeyTable:
         """The number of a key, 0 if the key is absent."""
         return self._numbers[self._slot(key)]
 
-    def put(self, key: int, number: int) -> int:
+    def insert(self, key: int, number: int) -> int:
         """Set the number of a key and return the previous one, 0 if the key was absent."""
         slot = self._slot(key)
         previous = self._numbers[slot]

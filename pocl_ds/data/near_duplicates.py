@@ -146,10 +146,10 @@ class OverlapTable:
         self.keys, indices, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         self._indices, self._owners = indices, owners
         if max_owners is not None and (counts > max_owners).any():
-            kept = counts <= max_owners
-            self.keys = self.keys[kept]
-            pairs = kept[indices]
-            self._indices = (np.cumsum(kept) - 1)[indices[pairs]]
+            is_rare = counts <= max_owners
+            self.keys = self.keys[is_rare]
+            pairs = is_rare[indices]
+            self._indices = (np.cumsum(is_rare) - 1)[indices[pairs]]
             self._owners = owners[pairs]
         # A table of bits, because most hashes that are looked up are absent.
         self._filter = np.zeros(1 << _FILTER_BITS, bool)

@@ -55,12 +55,12 @@ def _without_early_turns(sample: Sample) -> Iterator[Sample]:
     """The sample without its first exchange, its first two, and so on; system text stays."""
     messages = sample.messages
     system = [m for m in messages[:-1] if m.role in (SYSTEM, DEVELOPER)]
-    rest = [m for m in messages if m.role not in (SYSTEM, DEVELOPER)]
-    questions = [i for i, m in enumerate(rest[:-1]) if m.role == USER]
+    turns = [m for m in messages if m.role not in (SYSTEM, DEVELOPER)]
+    questions = [i for i, m in enumerate(turns[:-1]) if m.role == USER]
     yield sample
     for start in questions:
         if start:
-            yield replace(sample, messages=(*system, *rest[start:]))
+            yield replace(sample, messages=(*system, *turns[start:]))
 
 
 def _cut_text(sample: Sample, index: int, fits: Fits) -> Sample | None:

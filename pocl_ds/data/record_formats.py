@@ -235,7 +235,7 @@ def _read_tools(record: MappedRecord) -> tuple[dict[str, Any], ...]:
 
 
 def _with_system(messages: list[Message], record: MappedRecord) -> list[Message]:
-    """The messages after the system text of a field of its own."""
+    """The messages after the system text of a separate field."""
     text = record.text("system")
     if text is None:
         return messages

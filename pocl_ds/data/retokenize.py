@@ -205,10 +205,10 @@ def _pieces(ids: NDArray[np.int64], tokens: Sequence[bytes]) -> list[bytes]:
     return [tokens[token] if token < len(tokens) else b"" for token in ids]
 
 
-def _first_index(ids: NDArray[np.int64], wanted: Sequence[int]) -> int:
-    """Index of the first of the wanted ids, or the length."""
-    found = np.flatnonzero(np.isin(ids, wanted))
-    return int(found[0]) if len(found) else len(ids)
+def _first_index(ids: NDArray[np.int64], targets: Sequence[int]) -> int:
+    """Index of the first id that is one of `targets`, or the length."""
+    positions = np.flatnonzero(np.isin(ids, targets))
+    return int(positions[0]) if len(positions) else len(ids)
 
 
 def _concatenate(spans: list[NDArray[np.int64]]) -> torch.Tensor:

@@ -33,26 +33,26 @@ class SampleIds:
         Raises DataError if its own id is invalid, or occurred before and must not.
         """
         own = not is_empty(value)
-        wanted = _own_id(value, place) if own else hashlib.sha256(content).hexdigest()[:16]
-        key = _key(wanted)
+        sample_id = _own_id(value, place) if own else hashlib.sha256(content).hexdigest()[:16]
+        key = _key(sample_id)
         earlier = self._places.get(key)
         if not earlier:
-            self._places.put(key, self._pack(place))
-            return wanted
+            self._places.insert(key, self._pack(place))
+            return sample_id
         if own and self._duplicates == "error":
             raise DataError(
-                f"{place}: id {wanted!r} also occurs at {self._unpack(earlier)}: make ids unique, "
-                f"or set data.duplicate_ids=suffix to number them or {self._id_setting}=null to "
-                "ignore them",
+                f"{place}: id {sample_id!r} also occurs at {self._unpack(earlier)}: make ids "
+                "unique, or set data.duplicate_ids=suffix to number them or "
+                f"{self._id_setting}=null to ignore them",
                 reason="duplicate id",
             )
         # Take the next number that no other id of the source has.
         number = self._suffixes.get(key) + 1
-        while self._places.get(_key(f"{wanted}-{number}")):
+        while self._places.get(_key(f"{sample_id}-{number}")):
             number += 1
-        self._suffixes.put(key, number)
-        numbered = _check_length(f"{wanted}-{number}", place)
-        self._places.put(_key(numbered), self._pack(place))
+        self._suffixes.insert(key, number)
+        numbered = _check_length(f"{sample_id}-{number}", place)
+        self._places.insert(_key(numbered), self._pack(place))
         self.renamed += own
         return numbered
 

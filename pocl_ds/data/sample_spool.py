@@ -101,8 +101,8 @@ class SampleSpool:
         selected = np.zeros(len(self), bool)
         selected[rows] = True
         with self.path.open(encoding="utf-8", newline="\n") as stream:
-            for line, wanted in zip(stream, selected.tolist()):
-                if wanted:
+            for line, is_selected in zip(stream, selected.tolist()):
+                if is_selected:
                     yield line[:-1]
 
     def ids(self, start: int) -> Iterator[str]:

@@ -111,12 +111,14 @@ class SampleTokenizer:
         # Most texts do not end so, and the pattern is slow to find that out.
         if not any(text.rstrip().endswith(self._end_texts) for text in texts):
             return sample
-        content, *others = (self._trailing_end.sub("", text) for text in texts)
-        if (content, *others) == texts:
+        content, *references = (self._trailing_end.sub("", text) for text in texts)
+        if (content, *references) == texts:
             return sample
         self.counts["end_token_removed"] += 1
         response = replace(sample.response, content=content)
-        return replace(sample, messages=(*sample.prompt, response), other_references=tuple(others))
+        return replace(
+            sample, messages=(*sample.prompt, response), other_references=tuple(references)
+        )
 
     def render_prompt(self, sample: Sample) -> str:
         """The text that asks for the sample's last response. Raises DataError."""
@@ -364,8 +366,8 @@ class SampleTokenizer:
         )
 
     def _refuse_overlong(self, sample: Sample, prompt_tokens: int, total: int | None) -> None:
-        limit, whole = self.config.max_prompt_tokens, self.config.max_length
-        in_all = "" if total is None else f" and {total} in all (limit {whole})"
+        limit, max_length = self.config.max_prompt_tokens, self.config.max_length
+        in_all = "" if total is None else f" and {total} in all (limit {max_length})"
         remedy = "raise prompt.max_prompt_tokens"
         raise DataError(
             f"{sample.label} has {prompt_tokens} prompt tokens (limit {limit}){in_all}: {remedy}"

@@ -59,17 +59,17 @@ def source_files(
         return _files_of_name(source, split, needs_split, setting)
     files: list[Path] = []
     for name in source:
-        found = _files_of_name(name, split, needs_split, setting)
-        if found is None:
+        matches = _files_of_name(name, split, needs_split, setting)
+        if matches is None:
             raise DataError(
                 f"data file {name} does not exist: check the path; datasets of the Hub are sources "
                 "of their own in data.sources"
             )
-        if repeated := next((path for path in found if path in files), None):
+        if repeated := next((path for path in matches if path in files), None):
             raise DataError(
                 f"data file {repeated} occurs twice in the list of {setting}.source: remove one"
             )
-        files += found
+        files += matches
     return files
 
 
@@ -91,19 +91,21 @@ def local_files(source: str | Sequence[str]) -> list[Path]:
     return files
 
 
-def choose_split(names: Collection[Name], wanted: str, owner: str, setting: str = "data") -> Name:
-    """The name of a split among those that exist: the wanted one, or a synonym such as `dev`.
+def choose_split(
+    names: Collection[Name], requested: str, owner: str, setting: str = "data"
+) -> Name:
+    """The name of a split among those that exist: the requested one, or a synonym such as `dev`.
 
     owner: file or folder, for messages. Raises DataError.
     """
-    if wanted in names:
-        return next(name for name in names if name == wanted)
-    meaning = SPLIT_OF_KEYWORD.get(wanted.lower(), wanted)
+    if requested in names:
+        return next(name for name in names if name == requested)
+    meaning = SPLIT_OF_KEYWORD.get(requested.lower(), requested)
     for name in names:
         if SPLIT_OF_KEYWORD.get(name.lower(), name) == meaning:
             return name
     raise DataError(
-        f"{owner} holds the splits {', '.join(names)}, and not {wanted!r}: set "
+        f"{owner} holds the splits {', '.join(names)}, and not {requested!r}: set "
         f"{_split_field(setting)} to one of them"
     )
 

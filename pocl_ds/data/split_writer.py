@@ -50,21 +50,23 @@ class TokenizedChunk:
     dropped: int
     events: dict[str, int]
 
-    def select(self, kept: NDArray[np.bool_]) -> TokenizedChunk:
-        """The chunk with these samples alone, the others counted as dropped. kept: [samples]."""
-        if kept.all():
+    def select(self, selected: NDArray[np.bool_]) -> TokenizedChunk:
+        """The chunk with these samples alone, the others counted as dropped. selected:
+        [samples].
+        """
+        if selected.all():
             return self
-        tokens = np.repeat(kept, self.index[:, 2])
-        index = self.index[kept]
+        tokens = np.repeat(selected, self.index[:, 2])
+        index = self.index[selected]
         index[:, 0] = np.cumsum(index[:, 2]) - index[:, 2]
         return TokenizedChunk(
-            lines=list(itertools.compress(self.lines, kept)),
-            ids=self.ids[kept],
+            lines=list(itertools.compress(self.lines, selected)),
+            ids=self.ids[selected],
             index=index,
             tokens=self.tokens[tokens],
             loss_mask=self.loss_mask[tokens],
-            truncated=self.truncated[kept],
-            dropped=self.dropped + int((~kept).sum()),
+            truncated=self.truncated[selected],
+            dropped=self.dropped + int((~selected).sum()),
             events=self.events,
         )
 

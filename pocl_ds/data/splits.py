@@ -24,12 +24,12 @@ KEY_BYTES = 16  # the first half decides the split, the second half a limited se
 
 def first_exchange(sample: Sample) -> Sample:
     """The sample through its first assistant turn after a user turn, which becomes its response."""
-    asked = False
+    has_question = False
     for number, message in enumerate(sample.messages[:-1]):
-        if message.role == ASSISTANT and asked:
+        if message.role == ASSISTANT and has_question:
             # `input` belongs to the last user message, which is not part of this beginning.
             return replace(sample, messages=sample.messages[: number + 1], input="")
-        asked = asked or message.role == USER
+        has_question = has_question or message.role == USER
     return sample
 
 

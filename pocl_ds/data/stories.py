@@ -52,23 +52,26 @@ def _story(source: random.Random) -> tuple[str, str]:
         f"{name} lives in {city} and likes {food}."
         for name, city, food in zip(names, cities, foods, strict=True)
     )
-    one, two = source.randrange(people), source.randrange(people)
-    home, taste = f"{names[one]} lives in {cities[one]}", f"{names[one]} likes {foods[one]}"
+    person, other = source.randrange(people), source.randrange(people)
+    home, taste = (
+        f"{names[person]} lives in {cities[person]}",
+        f"{names[person]} likes {foods[person]}",
+    )
     questions = [
-        (f"Where does {names[one]} live?", f"{home}."),
-        (f"What does {names[one]} like?", f"{taste}."),
-        (f"Who lives in {cities[one]}?", f"{home}."),
-        (f"Who likes {foods[one]}?", f"{taste}."),
+        (f"Where does {names[person]} live?", f"{home}."),
+        (f"What does {names[person]} like?", f"{taste}."),
+        (f"Who lives in {cities[person]}?", f"{home}."),
+        (f"Who likes {foods[person]}?", f"{taste}."),
     ]
-    if one != two:
+    if person != other:
         questions += [
             (
-                f"Where do {names[one]} and {names[two]} live?",
-                f"{home} and {names[two]} lives in {cities[two]}.",
+                f"Where do {names[person]} and {names[other]} live?",
+                f"{home} and {names[other]} lives in {cities[other]}.",
             ),
             (
-                f"What do {names[one]} and {names[two]} like?",
-                f"{taste} and {names[two]} likes {foods[two]}.",
+                f"What do {names[person]} and {names[other]} like?",
+                f"{taste} and {names[other]} likes {foods[other]}.",
             ),
         ]
     question, answer = source.choice(questions)

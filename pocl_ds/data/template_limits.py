@@ -1,7 +1,7 @@
 """Limits of time and memory for templates.
 
 A sandbox keeps a template away from files and the network, not from `"%0999999999d" % 1` or from
-loops in loops. Each template first renders one short sample in a process of its own, which the
+loops in loops. Each template first renders one short sample in its own process, which the
 kernel stops, before any data are read. Each sample is then rendered within the same limits, since
 some templates cost too much with some samples only.
 """

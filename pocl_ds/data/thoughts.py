@@ -47,9 +47,9 @@ def split_inline_thought(text: str) -> tuple[str, str]:
     A text that closes a thought which the prompt opened has one too.
     """
     for tags in TAGS:
-        head, closing, rest = text.partition(tags.closing)
+        head, closing, tail = text.partition(tags.closing)
         if closing and (head.lstrip().startswith(tags.opening) or tags.opening not in head):
-            return head.lstrip().removeprefix(tags.opening).strip(), rest.lstrip("\n")
+            return head.lstrip().removeprefix(tags.opening).strip(), tail.lstrip("\n")
     return "", text
 
 

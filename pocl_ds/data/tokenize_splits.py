@@ -119,14 +119,14 @@ class SplitTokenizer:
                 for error in tokenized.errors:
                     self.invalid(error)
                 events["invalid"] += len(tokenized.errors)
-                kept = ~np.isin(tokenized.prompt_hashes, held_out_prompts)
-                events[SEEN_IN_TRAINING] += int((~kept).sum())
-                writer.write(tokenized.chunk.select(kept))
+                selected = ~np.isin(tokenized.prompt_hashes, held_out_prompts)
+                events[SEEN_IN_TRAINING] += int((~selected).sum())
+                writer.write(tokenized.chunk.select(selected))
                 if teacher_writer is not None and tokenized.teacher is not None:
-                    teacher_writer.write(tokenized.teacher.select(kept))
-                written.append(rows[progress.done + tokenized.places[kept]])
-                prompts.append(tokenized.prompt_hashes[kept])
-                cut_prompts.append(tokenized.cut_prompts[kept])
+                    teacher_writer.write(tokenized.teacher.select(selected))
+                written.append(rows[progress.done + tokenized.places[selected]])
+                prompts.append(tokenized.prompt_hashes[selected])
+                cut_prompts.append(tokenized.cut_prompts[selected])
                 progress.advance(len(lines))
         result.counts, result.rows = writer.counts, _concatenate(written, np.int64)
         result.prompt_hashes = _concatenate(prompts, np.uint64)
@@ -164,9 +164,9 @@ def tokenize_lines(
     if teacher is not None:
         shared = [samples[place] for place in places]
         teacher_chunk = tokenize_chunk(shared, teacher, on_invalid)
-        kept = np.zeros(len(shared), bool)
-        kept[_places(shared, teacher_chunk.ids)] = True
-        chunk, places = chunk.select(kept), places[kept]
+        selected = np.zeros(len(shared), bool)
+        selected[_places(shared, teacher_chunk.ids)] = True
+        chunk, places = chunk.select(selected), places[selected]
     prompt_hashes = np.zeros(len(places), np.uint64)
     cut_prompts = np.zeros(len(places), np.uint64)
     data = chunk.tokens.tobytes()

@@ -2,7 +2,7 @@
 
 The processes are forked, as those of `datasets.map` and of torch's data loader: they start in a few
 milliseconds and share tokenizers, also those with custom code, without a copy. Each computes on its
-own core, so the tokenizers library must not start threads of its own there.
+own core, so the tokenizers library must not start its own threads there.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _rules(tokenizer: Any) -> Any:
             if name != "vocab" or isinstance(value, list)
         }
         return {**{k: v for k, v in state.items() if k not in LEFT_OUT}, "model": model}
-    # A tokenizer with code of its own may write no files; its probe still counts.
+    # A tokenizer with its own code may write no files; its probe still counts.
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(NotImplementedError, OSError, ValueError):
             tokenizer.save_vocabulary(folder)

@@ -51,11 +51,11 @@ class TurnFinder:
         """
         if not index:
             marked = [replace(messages[0], content=MARKER), *messages[1:]]
-            found = self.render(sample, marked, generation=generation).find(MARKER)
-            return found if found >= 0 else None
-        asked = self.render(sample, messages[:index], generation=True)
-        if text.startswith(asked):
-            return len(asked)
+            position = self.render(sample, marked, generation=generation).find(MARKER)
+            return position if position >= 0 else None
+        prompt_text = self.render(sample, messages[:index], generation=True)
+        if text.startswith(prompt_text):
+            return len(prompt_text)
 
         # Templates may render the earlier part of a longer conversation differently, as without
         # thoughts, tools or system text. What lies between the last message before the turn and the
@@ -65,13 +65,13 @@ class TurnFinder:
                 continue
             marked = list(messages)
             marked[anchor] = replace(messages[anchor], content=MARKER)
-            asked = self.render(sample, marked[:index], generation=True)
-            whole = self.render(sample, marked, generation=generation)
-            between = asked.rpartition(MARKER)[2]
-            rest = whole.rpartition(MARKER)[2]
-            if MARKER in asked and MARKER in whole and text.endswith(rest):
-                start = len(text) - len(rest)
-                found_at = (start + len(b) for b in _variants(between) if rest.startswith(b))
+            prompt_text = self.render(sample, marked[:index], generation=True)
+            full_text = self.render(sample, marked, generation=generation)
+            between = prompt_text.rpartition(MARKER)[2]
+            tail = full_text.rpartition(MARKER)[2]
+            if MARKER in prompt_text and MARKER in full_text and text.endswith(tail):
+                start = len(text) - len(tail)
+                found_at = (start + len(b) for b in _variants(between) if tail.startswith(b))
                 return next(found_at, None)
         return None
 
@@ -90,8 +90,8 @@ class TurnFinder:
         message = messages[index]
         content = split_thought(message)[1].strip()
         if content and not message.tool_calls:
-            found = text.find(content, start)
-            match = self.ends.match(text, found + len(content)) if found >= 0 else None
+            position = text.find(content, start)
+            match = self.ends.match(text, position + len(content)) if position >= 0 else None
             if match:
                 return match.end()
 
@@ -131,8 +131,8 @@ class TurnFinder:
         turn: text that begins with the turn. content: of its message.
         """
         content = content.strip()
-        found = turn.find(content)
-        content_end = found + len(content) if found >= 0 else 0
+        position = turn.find(content)
+        content_end = position + len(content) if position >= 0 else 0
         match = self.ends.search(turn, content_end)
         if match is None:
             # Another special token may end this kind of turn, as <|eom_id|> after a tool call.

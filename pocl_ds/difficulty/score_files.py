@@ -41,10 +41,10 @@ def read_score_file(
     # Find the row of each id.
     ids = np.asarray(split.ids)
     by_id = np.argsort(ids)
-    wanted = np.array([str(text).encode() for text in texts] or [b""], "S")[: len(texts)]
-    places = np.minimum(np.searchsorted(ids, wanted, sorter=by_id), len(ids) - 1)
+    encoded = np.array([str(text).encode() for text in texts] or [b""], "S")[: len(texts)]
+    places = np.minimum(np.searchsorted(ids, encoded, sorter=by_id), len(ids) - 1)
     rows = by_id[places]
-    known = ids[rows] == wanted
+    known = ids[rows] == encoded
     if not known.all():
         log.warning(
             "rank: %d of %d rows of %s are of no training sample (the first is %s) and are ignored",

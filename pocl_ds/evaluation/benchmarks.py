@@ -103,8 +103,8 @@ def skip_empty_test_split(
     An evaluation without any benchmark has no results. Raises ArtifactError if the test split is a
     benchmark and the run has no finished data.
     """
-    others = {name: b for name, b in config.benchmarks.items() if b.source != TEST_SPLIT}
-    empty = [name for name in config.benchmarks if name not in others]
+    remaining = {name: b for name, b in config.benchmarks.items() if b.source != TEST_SPLIT}
+    empty = [name for name in config.benchmarks if name not in remaining]
     if not empty:
         return config
     path = run.data / f"{TEST_SPLIT}.jsonl"
@@ -118,9 +118,9 @@ def skip_empty_test_split(
         log.warning(
             "the data has no test samples, so %s: raise data.test_fraction, name a file in "
             "data.test, or another benchmark in evaluate.benchmarks",
-            left_out if others else nothing,
+            left_out if remaining else nothing,
         )
-    return config.model_copy(update={"benchmarks": others})
+    return config.model_copy(update={"benchmarks": remaining})
 
 
 def external_benchmarks(run: RunDirectory, config: EvaluateConfig) -> dict[str, list[Sample]]:

@@ -121,9 +121,9 @@ def generate_answers(
             run, config, samples, rouge_tokenizer
         ).items()
     }
-    asked: list[Any] = [chat_template, sorted(end_of_turn_ids), special_tokens_in_text]
-    asked += [semantic_fields(endpoint), path] if endpoint else []
-    fingerprints = _fingerprints(path, config, prompt, asked, settings, samples)
+    prompt_settings: list[Any] = [chat_template, sorted(end_of_turn_ids), special_tokens_in_text]
+    prompt_settings += [semantic_fields(endpoint), path] if endpoint else []
+    fingerprints = _fingerprints(path, config, prompt, prompt_settings, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
     if not pending:
@@ -308,18 +308,18 @@ def _fingerprints(
     path: str,
     config: EvaluateConfig,
     prompt: PromptConfig,
-    asked: Sequence[Any],
+    prompt_settings: Sequence[Any],
     settings: Mapping[str, Mapping[str, Any]],
     samples: Mapping[str, Sequence[Sample]],
 ) -> dict[BenchmarkSeed, str]:
-    """Everything that answers depend on, by benchmark and seed. asked: how the model is asked
-    beyond its own template; settings: by benchmark.
+    """Everything that answers depend on, by benchmark and seed. prompt_settings: of prompts, in
+    addition to `prompt`; settings: by benchmark.
     """
     common = [
         model_identity(path),
         semantic_fields(config.generation),
         semantic_fields(prompt),
-        *asked,
+        *prompt_settings,
     ]
     return {
         (name, seed): fingerprint(

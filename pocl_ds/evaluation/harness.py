@@ -1,6 +1,6 @@
 """Standard tasks of lm-evaluation-harness (the package lm_eval) for every evaluated model.
 
-Each model runs in a process of its own, so that its memory is free before the next one:
+Each model runs in its own process, so that its memory is free before the next one:
 
     python launch/pocl.py pocl_ds.evaluation.harness REQUEST.json
 

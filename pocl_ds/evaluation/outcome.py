@@ -34,9 +34,9 @@ def outcome_lines(run: RunDirectory, results: dict[str, Any]) -> list[str]:
     losses = read_json(path) if path.is_file() else {}
     if not all("samples" in losses.get(model, {}) for model in ("initial", "student")):
         return []
-    others = [model for model in ("initial", "baseline") if model in results["models"]]
+    compared = [model for model in ("initial", "baseline") if model in results["models"]]
     lines = []
-    for other in others:
+    for other in compared:
         changes = _compare(run, results, losses, other)
         items = next(iter(changes.values())).items
         lines += [

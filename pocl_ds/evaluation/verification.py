@@ -1,7 +1,7 @@
 """Answers that are right or wrong (`verify` of a benchmark): the number that an answer ends with,
 or code that passes tests.
 
-The verdicts are files of their own, one line an item, with their manifests.
+The verdicts are separate files, one line an item, with their manifests.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _verify_file(run: RunDirectory, model: str, benchmark: str, seed: int, kind:
         references = record.get("reference_answers", record["references"])
         return (number_fault if kind == "number" else code_fault)(answer, references)
 
-    # Programs run side by side, each in a process of its own.
+    # Programs run side by side, each in its own process.
     pool = concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     faults: list[str | None] = []
     try:

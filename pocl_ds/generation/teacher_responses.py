@@ -117,17 +117,17 @@ class ResponseFile:
         self.path = path
         self.responses: dict[int, tuple[str, bool]] = {}  # row -> text, and whether it ended
         data = path.read_bytes() if path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        for line in whole.splitlines():
+        complete = data[: data.rfind(b"\n") + 1]
+        for line in complete.splitlines():
             try:
                 row, text, ended = json.loads(line)
                 self.responses[row] = str(text), bool(ended)
             except (ValueError, TypeError):  # a damaged line: its row is answered again
                 continue
         # A kill may have left half a line.
-        if len(whole) < len(data):
+        if len(complete) < len(data):
             with path.open("r+b") as stream:
-                stream.truncate(len(whole))
+                stream.truncate(len(complete))
         if self.responses:
             log.info("%s: %s has %d responses", STEP, path, len(self.responses))
 

@@ -123,7 +123,7 @@ class VllmHiddenStates:
 
 
 class HiddenStateProcess(engine_process.EngineProcess):
-    """`VllmHiddenStates` in a process of its own, next to a rank. The child opens the model when
+    """`VllmHiddenStates` in its own process, next to a rank. The child opens the model when
     this object is made.
     """
 

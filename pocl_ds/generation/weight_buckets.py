@@ -20,7 +20,7 @@ from pocl_ds.errors import ResourceError
 
 # How weights reach a generator in another process.
 WeightTransfer = Literal["file", "cuda_ipc"]
-BUCKET_BYTES = 256 << 20  # a larger parameter gets a bucket of its own
+BUCKET_BYTES = 256 << 20  # a larger parameter gets its own bucket
 ALIGNMENT = 16  # bytes: a parameter of any dtype may start there
 
 

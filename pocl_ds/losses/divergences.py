@@ -98,11 +98,7 @@ def akl(log_p: Tensor, log_q: Tensor, *, mu: float) -> Tensor:
         # The forward KL's weight is the head's share of the total gap.
         gap = (p - q).abs().gather(-1, ids)
         head_gap, total_gap = (gap * in_head).sum(-1), gap.sum(-1)
-        weight = torch.where(
-            total_gap > 0,
-            head_gap / total_gap.clamp(min=torch.finfo(total_gap.dtype).tiny),
-            torch.zeros_like(total_gap),
-        )
+        weight = head_gap / total_gap.clamp(min=torch.finfo(total_gap.dtype).tiny)
     mixed = weight * fkl(log_p, log_q) + (1 - weight) * rkl(log_p, log_q)
     return torch.where(total_gap > 0, mixed, torch.zeros_like(mixed))
 

@@ -95,7 +95,7 @@ def _add_product(accumulated: Tensor, gradient: Tensor, hidden: Tensor, *, overw
     +=.
     """
     if accumulated.dtype != gradient.dtype and gradient.is_cuda:
-        # cuBLAS multiplies in bfloat16 and adds in float32, without a product of its own.
+        # cuBLAS multiplies in bfloat16 and adds in float32, without a separate product.
         dtype, product = accumulated.dtype, (gradient.T, hidden)
         if overwrite:
             torch.mm(*product, out_dtype=dtype, out=accumulated)

@@ -46,7 +46,7 @@ def signal_kernel(
     vocabulary = (masked, size, width)
     top_q = tl.full([], LOWEST, tl.float32)
     top_p = top_q
-    # Each lane has sums, the largest logit and its id of its own; ids ascend within a lane.
+    # Each lane has sums, the largest logit and its own id; ids ascend within a lane.
     s_q = tl.zeros([BLOCK], tl.float32)
     h_q, s_p, h_p, cross = s_q, s_q, s_q, s_q
     best_q = tl.full([BLOCK], LOWEST, tl.float32)

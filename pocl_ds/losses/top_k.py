@@ -139,7 +139,7 @@ class TopKCodec(RecordCodec):
             dim=-1, descending=True, stable=True
         )
         ids, logs = ids.gather(-1, order)[:, : self.k].clone(), logs[:, : self.k].clone()
-        others = (1 - logs.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+        other_mass = (1 - logs.exp().sum(-1)).clamp(min=torch.finfo(torch.float32).tiny)
 
         # Fill up short lists.
         for row in (~logs.isfinite()).any(-1).nonzero()[:, 0].tolist():
@@ -147,17 +147,17 @@ class TopKCodec(RecordCodec):
             missing = ~logs[row].isfinite()
             free[ids[row][~missing]] = False
             candidates, count = free.nonzero()[:, 0], int(missing.sum())
-            share = torch.minimum(others[row] / len(candidates), smallest[row])
+            share = torch.minimum(other_mass[row] / len(candidates), smallest[row])
             ids[row][missing], logs[row][missing] = candidates[:count], share.log()
-            others[row] -= count * share
+            other_mass[row] -= count * share
         # Store no more ids than the probability asks for.
         distances = logs[:, :1] - logs
         if self.top_p is not None:
             probs = logs.exp()
             stored = probs.cumsum(-1) - probs < self.top_p
-            others += probs.masked_fill(stored, 0.0).sum(-1)
+            other_mass += probs.masked_fill(stored, 0.0).sum(-1)
             ids, distances = self._repeat_unused(ids, distances, stored)
-        return self.pack(others.log()[:, None] - logs[:, :1], ids, distances)
+        return self.pack(other_mass.log()[:, None] - logs[:, :1], ids, distances)
 
     def decode(self, records: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Ids [n, k] and log-probabilities [n, k + 1] at a temperature, MASKED in unused slots; the

@@ -5,7 +5,7 @@ One program computes one token. It reads the token's row twice: for the softmax 
 for value and gradient. The gradient also needs the row's sum of g = dD / d log q before its first
 id is written. For `fkl`, `rkl` and `ab`, whose g is a product of powers and logarithms of p and q,
 that sum is accumulated in the first read and rescaled as the largest logit grows. For `jsd`,
-`tvd`, `skl` and `srkl`, whose g combines p and q after both softmaxes, it takes a read of its own,
+`tvd`, `skl` and `srkl`, whose g combines p and q after both softmaxes, it takes a separate read,
 so that they read the row three times. Each read runs against the direction of the one before it and
 begins with what the cache still holds.
 

@@ -39,7 +39,7 @@ class KernelForm:
 
     name: its branch in `triton_kernels._divergence_terms`, or sft for none. row_sum: where the
     row's sum of g comes from: `constant` (-1), `log_ratio` and `powers` (two sums that the first
-    read accumulates), `read` (a read of its own). a, b: its options.
+    read accumulates), `read` (a separate read). a, b: its options.
     """
 
     name: str

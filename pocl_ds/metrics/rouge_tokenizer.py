@@ -64,25 +64,25 @@ def choose_rouge_tokenizer(references: Iterable[str]) -> TokenizerChoice:
     """The tokenizer for these texts; rouge_score if they have neither letters nor digits."""
     shares = [share for text in references if (share := _shares(text)) is not None]
     count = len(shares)
-    seen = math.fsum(share for share, _ in shares) / count if count else 1.0
+    covered = math.fsum(share for share, _ in shares) / count if count else 1.0
     unspaced = math.fsum(share for _, share in shares) / count if count else 0.0
-    if seen > MIN_SHARE_SEEN:
+    if covered > MIN_SHARE_SEEN:
         name = ROUGE_SCORE
     else:
         name = CHARACTERS if unspaced > MIN_SHARE_UNSPACED else UNICODE_WORDS
-    return TokenizerChoice(name, count, seen, unspaced)
+    return TokenizerChoice(name, count, covered, unspaced)
 
 
 def _shares(text: str) -> tuple[float, float] | None:
     """The two shares of `TokenizerChoice` in one text; None without a letter or digit."""
-    letters = seen = 0
+    letters = covered = 0
     text = unicodedata.normalize("NFC", text[:MAX_SAMPLED_CHARACTERS]).lower()
     for run in _RUN.findall(text):
         length = sum(map(str.isalnum, run))
         letters += length
         if _SEEN_WORD.fullmatch(run):
-            seen += length
-    return (seen / letters, len(_UNSPACED_LETTER.findall(text)) / letters) if letters else None
+            covered += length
+    return (covered / letters, len(_UNSPACED_LETTER.findall(text)) / letters) if letters else None
 
 
 def resolve_rouge_tokenizer(name: str, references: Iterable[str]) -> str:

@@ -129,11 +129,11 @@ def check_batch_invariance(
     return {"samples": len(samples), "largest_difference": largest}
 
 
-def _difference(values: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+def _difference(values: NDArray[np.float64], batched: NDArray[np.float64]) -> float:
     """The sum of absolute differences per token, or of two sums if one side has only a sum."""
-    if values.shape != others.shape:
-        values, others = values.sum(keepdims=True), others.sum(keepdims=True)
-    return float(np.abs(values - others).sum())
+    if values.shape != batched.shape:
+        values, batched = values.sum(keepdims=True), batched.sum(keepdims=True)
+    return float(np.abs(values - batched).sum())
 
 
 def _float64(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -300,7 +300,7 @@ def _training_time(
 def _arithmetic_seconds(
     flops: float, teacher_flops: float, setup: TrainingSetup, ranks: int, flops_per_second: float
 ) -> float:
-    """Seconds of `flops`, of which a teacher on ranks of its own computes its part meanwhile.
+    """Seconds of `flops`, of which a teacher on its own ranks computes its part meanwhile.
 
     ranks: of the student.
     """

@@ -156,8 +156,8 @@ def model_files(folder: Path) -> list[Path]:
     """The files of a model that loading may read; .bin files only if no others have its weights."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     patterns = (*OTHER_FILES, "additional_chat_templates/*.jinja")
-    others = {path for pattern in patterns for path in folder.glob(pattern)}
-    return [path for path in (*weights, *sorted(others)) if path.is_file()]
+    extra_files = {path for pattern in patterns for path in folder.glob(pattern)}
+    return [path for path in (*weights, *sorted(extra_files)) if path.is_file()]
 
 
 def load_tokenizer(
@@ -229,7 +229,7 @@ def load_model_config(
 
 def _drop_padding_beyond_rows(path: str, config: Any) -> None:
     """Unset a padding id that the embedding has no row for: transformers cannot build such a model,
-    and padding is masked, so it needs no id of its own.
+    and padding is masked, so it needs no separate id.
     """
     text_config = config.get_text_config(decoder=True)
     padding, rows = text_config.pad_token_id, getattr(text_config, "vocab_size", None)

@@ -141,19 +141,19 @@ def merge_adapters(
     """Merge the adapters into the weights: W + alpha / r · B A, under the names without adapters.
 
     model: the model with adapters. weights: its full state as names and tensors, in the model's
-    order; none on ranks that hold none. The tensors are modified, and those of one layer at a time
-    are held.
+    order; none on ranks that have none. The tensors are modified, and those of one layer at a time
+    stay in memory.
     """
     layers = dict(_lora_layers(model))
-    held: dict[str, Tensor] = {}  # since the first weight of a layer that is not complete
+    pending: dict[str, Tensor] = {}  # since the first weight of a layer that is not complete
     incomplete: set[str] = set()  # layers
     for name, tensor in weights:
-        held[name] = tensor
+        pending[name] = tensor
         layer_name = _adapted_layer(name)
         if layer_name in layers:
             names = [f"{layer_name}.{part}" for part in ADAPTED_WEIGHTS]
-            if all(name in held for name in names):
-                base, down, up = held[names[0]], held.pop(names[1]), held.pop(names[2])
+            if all(name in pending for name in names):
+                base, down, up = pending[names[0]], pending.pop(names[1]), pending.pop(names[2])
                 layer = layers[layer_name]
                 update = up.float() @ down.float()
                 update = (update.T if layer.fan_in_fan_out else update) * layer.scaling[ADAPTER]
@@ -162,9 +162,9 @@ def merge_adapters(
             else:
                 incomplete.add(layer_name)
         if not incomplete:
-            for held_name, held_tensor in held.items():
-                yield _name_without_adapter(held_name, layers), held_tensor
-            held.clear()
+            for pending_name, pending_tensor in pending.items():
+                yield _name_without_adapter(pending_name, layers), pending_tensor
+            pending.clear()
 
 
 def merge_adapter_folder(model: Any, folder: Path) -> Any:

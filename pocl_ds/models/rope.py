@@ -45,17 +45,19 @@ def length_dependence(config: Any) -> LengthDependence | None:
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
-    found = []
+    dependences = []
     for entry in (parameters, *nested):
         rope_type = str(entry.get("rope_type", ""))
         if rope_type == LONGROPE:
-            found.append(LengthDependence(LONGROPE, int(entry["original_max_position_embeddings"])))
+            dependences.append(
+                LengthDependence(LONGROPE, int(entry["original_max_position_embeddings"]))
+            )
         elif DYNAMIC in rope_type:
-            found.append(LengthDependence(DYNAMIC, int(text.max_position_embeddings)))
-    if len(set(found)) < 2:
-        return found[0] if found else None
+            dependences.append(LengthDependence(DYNAMIC, int(text.max_position_embeddings)))
+    if len(set(dependences)) < 2:
+        return dependences[0] if dependences else None
     # Layers that differ: a group per length is right for each of them.
-    return LengthDependence(DYNAMIC, min(each.boundary for each in found))
+    return LengthDependence(DYNAMIC, min(dependence.boundary for dependence in dependences))
 
 
 @contextlib.contextmanager

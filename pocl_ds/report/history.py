@@ -110,7 +110,7 @@ def _step_cost(step: str, manifests: list[Manifest]) -> StepCost:
 def _read_attempts(path: Path) -> list[dict[str, Any]]:
     """The attempts of one job. Later lines replace earlier ones; an incomplete line is ignored."""
     attempts: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             attempt = json.loads(line)
             attempts[attempt["number"]] = {"nodes": [], "start": 0.0, "end": None, **attempt}

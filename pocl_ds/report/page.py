@@ -246,11 +246,11 @@ def _difficulty(summary: RunSummary, figures: str) -> str:
 def _samples(summary: RunSummary) -> str:
     if summary.samples is None or not summary.samples.rows:
         return ""
-    shown, total = len(summary.samples.rows), summary.samples.total
+    row_count, total = len(summary.samples.rows), summary.samples.total
     note = (
         f"All {total:,} samples."
-        if shown == total
-        else f"{shown:,} of {total:,} samples, evenly spaced along the ranking "
+        if row_count == total
+        else f"{row_count:,} of {total:,} samples, evenly spaced along the ranking "
         "(report.max_samples, report.max_text_mb)."
     )
     return section(

@@ -35,8 +35,8 @@ def rank() -> int:
 
 
 def job_rank() -> int:
-    """Rank of this process among all that the launcher started, also if the teacher has ranks of
-    its own.
+    """Rank of this process among all that the launcher started, also if the teacher has its own
+    ranks.
     """
     return int(os.environ.get(JOB_RANK) or rank())
 

@@ -1,7 +1,7 @@
-"""The roles of a job's ranks where the teacher has ranks of its own: the first ranks are the
+"""The roles of a job's ranks where the teacher has its own ranks: the first ranks are the
 student's, the others the teacher's.
 
-Each role is a world of its own. After `split_ranks` the environment's RANK and WORLD_SIZE are those
+Each role is its own world. After `split_ranks` the environment's RANK and WORLD_SIZE are those
 of this process in its role, so that collectives, DeepSpeed and checkpoints see the ranks of one
 role only.
 """
@@ -67,7 +67,7 @@ class JobRoles:
 
 
 def job_roles() -> JobRoles | None:
-    """The roles of this job; None if the teacher has no ranks of its own."""
+    """The roles of this job; None if the teacher has no separate ranks."""
     return _roles
 
 

@@ -3,7 +3,7 @@ group has an equal part of a row's tokens, and in attention an equal part of the
 (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 A group counts as one rank where samples are dealt out, so there are `data_parallel_size` parts of a
-global batch. Until `start` every rank is a group of its own.
+global batch. Until `start` every rank is its own group.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ SIGNAL_BASE = 128  # a shell's exit code of a process that a signal ended is 128
 CAUSES = {
     signal.SIGKILL: "often because memory ran out",
     signal.SIGSEGV: "a crash of a library or a driver",
-    signal.SIGABRT: "a library gave up, mostly after a message of its own",
+    signal.SIGABRT: "a library gave up, mostly after its own message",
     signal.SIGFPE: "a crash of a library",
     signal.SIGILL: "a library was built for another processor",
     signal.SIGBUS: "often because /dev/shm or a disk is full",

@@ -116,7 +116,7 @@ def learning_charts(curves: Sequence[LearningCurves], study: StudyConfig) -> lis
     """A chart for each domain: the mean validation loss of the first groups over the steps."""
     compared = dict.fromkeys(arm for pair in study.compare for arm in pair)
     order = sorted(curves, key=lambda c: c.group.split(", ")[0] not in compared)
-    shown = order[:MAX_GROUPS]
+    plotted = order[:MAX_GROUPS]
     charts = []
     for domain in curves[0].losses if curves else ():
         series = [
@@ -128,7 +128,7 @@ def learning_charts(curves: Sequence[LearningCurves], study: StudyConfig) -> lis
                 group.losses[domain].mean(0),
                 markers=True,
             )
-            for number, group in enumerate(shown)
+            for number, group in enumerate(plotted)
         ]
         note = f"Mean over trainings; the first {MAX_GROUPS} groups." if order[MAX_GROUPS:] else ""
         charts.append(line_chart(domain, CROSS_ENTROPY, series, [], note=note))

@@ -7,7 +7,7 @@ A hidden state is stored in the teacher's dtype, as `width` numbers per token, o
 is used for are divided into shards, each a range of them (`cache_shard`). Each row has a checksum,
 which is verified before its use.
 
-Each teacher has a folder of its own (`TeacherCache`). The manifest of the step names the folders.
+Each teacher has its own folder (`TeacherCache`). The manifest of the step names the folders.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class QuantizedStates:
         if not len(records):
             return torch.empty(0, self.width, dtype=dtype, device=records.device)
         mean, spread = self.mean.to(records.device), self.spread.to(records.device)
-        # A copy of its own is aligned for float32.
+        # A separate copy is aligned for float32.
         scale = records[:, :SCALE_BYTES].clone(memory_format=torch.contiguous_format)
         levels = records[:, SCALE_BYTES:].contiguous().view(torch.int8).float()
         return (levels * scale.view(torch.float32)).mul_(spread).add_(mean).to(dtype)

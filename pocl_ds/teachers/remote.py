@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own, as the student's ranks see it: requests for hidden states, and the
+"""A teacher on its own ranks, as the student's ranks see it: requests for hidden states, and the
 teacher's head, which is read from its checkpoint.
 """
 

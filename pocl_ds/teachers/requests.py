@@ -1,4 +1,4 @@
-"""Requests from the student's ranks to a teacher on ranks of its own, and the teacher's answers.
+"""Requests from the student's ranks to a teacher on its own ranks, and the teacher's answers.
 
 Every rank of the student sends the same sequence of requests: forwards, each with its own
 micro-batch, and commands. Request number q of student rank i has the number q R + i in the job, for

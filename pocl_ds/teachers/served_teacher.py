@@ -49,9 +49,9 @@ class ShardJournal:
         data = self.path.read_bytes()
         entries = np.frombuffer(data, JOURNAL_ENTRY, len(data) // JOURNAL_ENTRY.itemsize)
         with self.shard.path.open("rb") as stream:
-            whole = [self._is_whole(entry, stream.fileno()) for entry in entries]
-        _, first = np.unique(entries["row"][whole], return_index=True)
-        return entries[whole][first]
+            complete = [self._is_whole(entry, stream.fileno()) for entry in entries]
+        _, first = np.unique(entries["row"][complete], return_index=True)
+        return entries[complete][first]
 
     def _is_whole(self, entry: Any, descriptor: int) -> bool:
         shard = self.shard

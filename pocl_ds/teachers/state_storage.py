@@ -64,8 +64,8 @@ def prepare_storage(
     with source.head() as head:
         if distributed.rank() == 0:
             hidden = torch.cat(parts)[1::2].to(distributed.device())
-            every = max(1, len(hidden) // MEASURED_TOKENS)
-            hidden = hidden[::every][:MEASURED_TOKENS]
+            stride = max(1, len(hidden) // MEASURED_TOKENS)
+            hidden = hidden[::stride][:MEASURED_TOKENS]
             stored = storage.decode(storage.encode(hidden), hidden.dtype)
             vocab = source.vocab.to(hidden.device)
             exact, approximate = (vocab.teacher_logits(head, side) for side in (hidden, stored))

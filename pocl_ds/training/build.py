@@ -110,7 +110,7 @@ def build_trainer(
     if training.policy.on_policy:
         check_rollout_backend(training, splits.train)
 
-    # Load the teacher, then the student. A teacher with ranks of its own loads at the same time.
+    # Load the teacher, then the student. A teacher with its own ranks loads at the same time.
     vocab = _check_before_loading(training, splits)
     cached_splits = [splits.train, splits.validation]
     teacher = build_teacher(run, training, cached_splits, vocab, load)

@@ -68,7 +68,7 @@ class TrainingData:
     # The teacher of each row of a split, if domains have their own: split -> [samples].
     teacher_of_row: Mapping[str, NDArray[np.int64]] | None = None
     validation_domains: SplitLabels | None = None  # None: the samples have no domains
-    teacher_requests: TeacherRequests | None = None  # for a teacher on ranks of its own
+    teacher_requests: TeacherRequests | None = None  # for a teacher on its own ranks
     thought_weights: ThoughtWeights | None = None  # None: thoughts count as answers do
     sample_flops: SampleFlops | None = None  # what micro-batches are balanced by; None: tokens
     # Batches of training and validation may be made at once, and tokenizers are not made for that.
@@ -188,7 +188,7 @@ class TrainingData:
 
     def request_ahead(self, items: Iterator[Item]) -> Iterator[Item]:
         """Items of which some are staged batches, whose outputs are requested early if the teacher
-        has ranks of its own.
+        has its own ranks.
         """
         return RequestAhead(items, self.teacher_requests) if self.teacher_requests else items
 

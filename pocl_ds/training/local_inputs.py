@@ -31,7 +31,7 @@ def local_inputs(
     run directory whose `data` is such a copy; without `train.local_copy` both as they are.
 
     All ranks call it together. The last process of a node that leaves the block removes the
-    copies. A teacher on ranks of its own, and one whose outputs are cached, are read where they
+    copies. A teacher on its own ranks, and one whose outputs are cached, are read where they
     are. Raises as `expand_folder` and `copy_files`.
     """
     if training.train.local_copy is None:

@@ -49,13 +49,13 @@ class TrainingModels:
         return self.teacher
 
     def remote_teacher_of(self, batch: Batch) -> RemoteTeacher:
-        """The teacher of a micro-batch, where teachers have ranks of their own."""
+        """The teacher of a micro-batch, where teachers have their own ranks."""
         teacher = self.teacher_of(batch)
         assert isinstance(teacher, RemoteTeacher)
         return teacher
 
     def wait_for_teachers(self) -> None:
-        """Wait until the teachers that have ranks of their own are loaded. All ranks call it
+        """Wait until the teachers that have their own ranks are loaded. All ranks call it
         together.
         """
         teachers: Sequence[Any] = [self.teacher]

@@ -1,4 +1,4 @@
-"""Teachers on ranks of their own: the student's connection to these ranks, and what it lets them
+"""Teachers on their own ranks: the student's connection to these ranks, and what it lets them
 load.
 """
 

@@ -1,4 +1,4 @@
-"""Micro-batches whose teacher runs on ranks of its own: their outputs are requested before earlier
+"""Micro-batches whose teacher runs on its own ranks: their outputs are requested before earlier
 micro-batches are used, so that teacher and student work at the same time.
 """
 
@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 class StagedBatch:
     """A batch whose copy to the device has started, and the event after which it is complete.
 
-    encoded: what a teacher on ranks of its own reads of it.
+    encoded: what a teacher on its own ranks reads of it.
     """
 
     batch: Batch
@@ -32,7 +32,7 @@ class StagedBatch:
 
 @dataclass(frozen=True)
 class TeacherRequests:
-    """How micro-batches are sent to a teacher on ranks of its own.
+    """How micro-batches are sent to a teacher on its own ranks.
 
     teacher_of: the teacher of a micro-batch. ahead: micro-batches after the current one whose
     outputs are requested.

@@ -41,7 +41,7 @@ class SampleFlops:
         loss_tokens: NDArray[np.int64],
         sample_teachers: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
-        """FLOPs of each sample, [samples]. A teacher with a tokenizer of its own is counted with
+        """FLOPs of each sample, [samples]. A teacher with its own tokenizer is counted with
         the student's tokens.
 
         lengths, loss_tokens: of each sample. sample_teachers: number of the teacher of each sample;
@@ -50,9 +50,9 @@ class SampleFlops:
         student = sample_flops(self.student, None, self.setup, lengths, loss_tokens)
         total = student
         for number, teacher in enumerate(self.teachers):
-            both = sample_flops(self.student, teacher, self.setup, lengths, loss_tokens)
+            with_teacher = sample_flops(self.student, teacher, self.setup, lengths, loss_tokens)
             reads = True if sample_teachers is None else sample_teachers == number
-            total = total + np.where(reads, both - student, 0.0)
+            total = total + np.where(reads, with_teacher - student, 0.0)
         return total
 
     def costs(
@@ -108,7 +108,7 @@ def _teacher_mode(training: TrainingRun) -> str:
     if training.teacher is None:
         return "none"
     if training.teacher_cache is None:
-        # The student's ranks apply only the head of a teacher on ranks of its own.
+        # The student's ranks apply only the head of a teacher on its own ranks.
         is_remote = training.teacher.placement == "own_ranks"
         return "cached_hidden_states" if is_remote else "online"
     mode = training.teacher.mode

@@ -23,7 +23,7 @@ from pocl_ds.training.monitor import TrainingMonitor
 
 log = logging.getLogger("pocl_ds")
 
-MAX_VALIDATED_DOMAINS = 16  # each domain has forward passes of its own
+MAX_VALIDATED_DOMAINS = 16  # each domain has separate forward passes
 
 
 class Validator:

@@ -60,7 +60,7 @@ class ForkServer:
         self.close()
 
     def run(self, module: str, arguments: Sequence[str], imports: Sequence[str] = ()) -> int:
-        """Run a module as a program in a process of its own and wait for its end. Returns its exit
+        """Run a module as a program in its own process and wait for its end. Returns its exit
         code.
 
         imports: names in `SHARED_IMPORTS`, which the server runs before it forks. Signals are

@@ -20,7 +20,7 @@ from pocl_ds.workflow.files import explain_disk_errors
 NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 COMMAND_LENGTH = 200  # of the holder's command line, in characters
 
-_held: set[int] = set()  # file handles
+_handles: set[int] = set()  # file handles
 
 
 class LockTakenError(Exception):
@@ -42,7 +42,7 @@ def hold_lock(path: Path, operation: int) -> Iterator[None]:
         with explain_disk_errors(path):
             opened = path.open("a+", encoding="utf-8")
         with opened as stream:
-            _held.add(stream.fileno())
+            _handles.add(stream.fileno())
             try:
                 _lock(stream, path, operation)
                 if not _is_at(stream, path):
@@ -51,7 +51,7 @@ def hold_lock(path: Path, operation: int) -> Iterator[None]:
                 yield
                 return
             finally:
-                _held.discard(stream.fileno())
+                _handles.discard(stream.fileno())
 
 
 def _is_at(stream: IO[str], path: Path) -> bool:
@@ -63,10 +63,10 @@ def _is_at(stream: IO[str], path: Path) -> bool:
 
 
 def _close_in_child() -> None:
-    for handle in _held:
+    for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)
-    _held.clear()
+    _handles.clear()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -118,7 +118,7 @@ def write_manifest(
 
 
 def save_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest with a checksum of its own."""
+    """Write a manifest with its own checksum."""
     tree = json.loads(json.dumps(asdict(manifest), default=list))
     write_json(path, {**tree, CHECKSUM: fingerprint(tree)})
 

@@ -95,7 +95,7 @@ def run_in_process(
 
 def run_rank(name: str, recipe: Recipe, run: RunDirectory, request: StepRequest) -> None:
     """Run this process's part of a step that several ranks run: the student's, or the teacher on
-    ranks of its own. Raises RecipeError if the launcher started more or fewer ranks than the recipe
+    its own ranks. Raises RecipeError if the launcher started more or fewer ranks than the recipe
     has.
     """
     if STEP[name].needs_ranks(recipe):

@@ -123,11 +123,11 @@ def models_at_commits(
 
     teacher = recipe.local_teacher
     if teacher:
-        others: dict[str, Any] = {
+        updates: dict[str, Any] = {
             "ensemble": tuple(pin_to_commit(member, commits) for member in teacher.ensemble)
         }
         for name in ("by_stage", "by_domain"):
             routes = getattr(teacher, name).items()
-            others[name] = {key: pin_to_commit(source, commits) for key, source in routes}
-        teacher = pin_to_commit(teacher, commits).model_copy(update=others)
+            updates[name] = {key: pin_to_commit(source, commits) for key, source in routes}
+        teacher = pin_to_commit(teacher, commits).model_copy(update=updates)
     return pin_to_commit(recipe.student, commits), teacher

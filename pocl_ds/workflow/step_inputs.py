@@ -283,7 +283,7 @@ def engine_groups(recipe: Recipe) -> list[list[str]]:
 
 
 def engine_needs_own_process(recipe: Recipe) -> bool:
-    """Whether answers are generated in processes of their own: a process has one engine of vLLM,
+    """Whether answers are generated in their own processes: a process has one engine of vLLM,
     and several engines run side by side.
     """
     evaluate = recipe.evaluate

@@ -103,7 +103,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         json.dumps({"easy": RECORDS, "hard": RECORDS}),
         (),
         "data file FILE holds several lists of records (easy, hard): write the one to read into a "
-        "file of its own",
+        "its own file",
     ),
     "splits": (
         "json",

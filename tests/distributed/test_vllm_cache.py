@@ -1,4 +1,4 @@
-"""Ranks fill a teacher cache together, each with an engine of its own or two with one engine."""
+"""Ranks fill a teacher cache together, each with its own engine or two with one engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own, with tiny models: the training is the one that it would be with
+"""A teacher on its own ranks, with tiny models: the training is the one that it would be with
 the teacher on the student's ranks, and no rank outlives the others.
 """
 

@@ -1,4 +1,4 @@
-"""The loss kernel on a GPU: equal to the eager form, the same bits twice, no memory of its own."""
+"""The loss kernel on a GPU: equal to the eager form, the same bits twice, no extra memory."""
 
 from __future__ import annotations
 

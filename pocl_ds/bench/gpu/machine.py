@@ -1,6 +1,6 @@
 """The machine that a benchmark runs on: card, driver, versions, date and commit.
 
-The runner imports no torch, so that it holds no memory of the GPU: a process of its own asks torch.
+The runner imports no torch, so that it holds no memory of the GPU: a separate process asks torch.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ def describe_card() -> dict[str, str | None]:
     return {"card": card, "cuda": torch.version.cuda}
 
 
-def is_same_setup(one: Machine, other: Machine) -> bool:
+def is_same_setup(machine: Machine, other: Machine) -> bool:
     """Whether two results come from the same card, versions and commit."""
-    return all(one.get(key) == other.get(key) for key in ("dry_run", "card", "packages", "commit"))
+    return all(
+        machine.get(key) == other.get(key) for key in ("dry_run", "card", "packages", "commit")
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Part `steps-PAIR`: optimizer steps of distillation at real shapes with random weights, beside
 SFT, plain full logits and TRL's GKD trainer.
 
-On a GPU each contender has a process of its own, which imports, and computes the estimate, while
+On a GPU each contender has its own process, which imports, and computes the estimate, while
 the one before it measures. A dry run measures all of them in one process. This process imports no
 torch, so as to start at once.
 """

@@ -84,7 +84,7 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of each kind: a process of its own takes most of the time."""
+    """One of each kind: a separate process takes most of the time."""
     kinds = ("torch+cached", "zero3", "sft", "full")
     chosen = tuple(row for row in step.CONTENDERS if row[1] in kinds and row[2] == 1)
     assert len(chosen) == len(kinds)

@@ -173,7 +173,7 @@ def test_error_signatures_ignore_addresses_times_and_ports() -> None:
     )  # how c10d reports a hang
 
 
-def test_the_newest_line_counts_and_torn_lines_are_ignored(tmp_path: Path) -> None:
+def test_the_newest_line_counts_and_damaged_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a" / "train.jsonl"
     write_attempt(path, attempt(1, end=None))
     write_attempt(path, attempt(1, code=75))
@@ -182,6 +182,9 @@ def test_the_newest_line_counts_and_torn_lines_are_ignored(tmp_path: Path) -> No
         stream.write('{"number": 3, "jo')
     assert [(a.number, a.code) for a in read_attempts(path)] == [(1, 75), (2, None)]
     write_attempt(path, attempt(4))
+    assert [a.number for a in read_attempts(path)] == [1, 2, 4]
+    with path.open("ab") as stream:
+        stream.write(b"\xff\xfe\n")  # a damaged disk
     assert [a.number for a in read_attempts(path)] == [1, 2, 4]
     assert read_attempts(tmp_path / "none") == []
 

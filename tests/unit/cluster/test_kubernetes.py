@@ -244,7 +244,7 @@ def test_shellcheck_accepts_the_scripts(tmp_path: Path) -> None:
         (
             "/shared/x",
             {"kubernetes": {"image": "a", "claims": {"a": "/c", "b": "/c/"}}},
-            "two claims are mounted at /c: give each a path of its own",
+            "two claims are mounted at /c: give each its own path",
         ),
         (
             "/shared/x",

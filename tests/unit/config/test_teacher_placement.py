@@ -1,4 +1,4 @@
-"""A teacher on ranks of its own: what a recipe may say, and what it means."""
+"""A teacher on its own ranks: what a recipe may say, and what it means."""
 
 from __future__ import annotations
 

@@ -308,6 +308,12 @@ def test_imbalance_by_hand() -> None:
     assert load_imbalance([[np.array([], np.int64)]], costs, packed=True) == 1
 
 
+def test_ranks_share_a_micro_step_equally() -> None:
+    lengths = np.array([4, 3, 2, 1], np.int64)
+    assigned = assign_by_count(lengths, ranks=2, micro_batch_size=2, packed=True)
+    assert [[group.tolist() for group in groups] for groups in assigned] == [[[0, 3]], [[1, 2]]]
+
+
 def test_ranks_take_turns_with_the_costliest() -> None:
     lengths = np.array([9, 8, 7, 6, 5, 4, 3, 2], np.int64)
     assigned = assign_by_count(lengths, ranks=2, micro_batch_size=1, packed=False)

@@ -30,6 +30,8 @@ def test_pass_rate_peaks_where_half_is_mastered() -> None:
     assert weigh_samples(rouge, "pass_rate", {}).tolist() == [0.0, 0.1875, 0.25, 0.0]
     skewed = weigh_samples(rouge, "pass_rate", {"alpha": 2.0})
     np.testing.assert_allclose(skewed, [0, 0.046875, 0.125, 0])
+    skewed = weigh_samples(rouge, "pass_rate", {"beta": 3.0})
+    np.testing.assert_allclose(skewed, [0, 0.10546875, 0.0625, 0])
 
 
 def test_band_keeps_the_places_between_its_ends() -> None:
@@ -43,6 +45,9 @@ def test_stratified_keeps_the_hardest_and_evenly_spaced_easier_samples() -> None
     kept = weigh_samples(place, "stratified", {"share": 0.5, "hard_share": 0.6})
     # 5 samples: the 3 hardest, and of the 7 others those in the middle of each half.
     assert np.flatnonzero(kept).tolist() == [1, 5, 7, 8, 9]
+    # 2 samples: the hardest, and the one in the middle of the others.
+    kept = weigh_samples(place, "stratified", {"share": 0.2, "hard_share": 0.5})
+    assert np.flatnonzero(kept).tolist() == [4, 9]
 
 
 @given(st.integers(1, 60), st.floats(0.01, 1), st.floats(0, 1))

@@ -20,7 +20,7 @@ from pocl_ds.data.key_table import KeyTable
 def test_table_behaves_like_a_dict(pairs: list[tuple[int, int]]) -> None:
     keys, expected = KeyTable(), dict[int, int]()
     for key, number in pairs:
-        assert keys.put(key, number) == expected.get(key, 0)
+        assert keys.insert(key, number) == expected.get(key, 0)
         expected[key] = number
     assert len(keys) == len(expected)
     assert all(keys.get(key) == number for key, number in expected.items())
@@ -29,5 +29,5 @@ def test_table_behaves_like_a_dict(pairs: list[tuple[int, int]]) -> None:
 def test_table_grows() -> None:
     keys = KeyTable()
     for key in range(0, 2000 << 12, 1 << 12):  # keys that collide in their low bits
-        keys.put(key, key + 1)
+        keys.insert(key, key + 1)
     assert len(keys) == 2000 and keys.get(1999 << 12) == (1999 << 12) + 1 and keys.get(5) == 0

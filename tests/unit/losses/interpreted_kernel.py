@@ -1,6 +1,6 @@
 """The loss kernel in Triton's interpreter against float64.
 
-Triton reads TRITON_INTERPRET when a kernel is imported, so these tests need a process of their own:
+Triton reads TRITON_INTERPRET when a kernel is imported, so these tests need their own process:
 `test_triton_loss.py` runs them, and `TRITON_INTERPRET=1 pytest` with this file does.
 """
 

@@ -30,7 +30,7 @@ TESTS = Path(__file__).with_name("interpreted_kernel.py")
 
 
 def test_the_kernel_in_the_interpreter() -> None:
-    """In a process of its own, because Triton reads the variable when it is imported."""
+    """In its own process, because Triton reads the variable when it is imported."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "--tb=short", str(TESTS)]
     process = subprocess.run(

@@ -176,6 +176,24 @@ def test_teacher_id_is_used_once() -> None:
     assert sorted(alignment.teacher_ids[alignment.shared]) == list(range(50))
 
 
+def test_the_first_pair_of_a_token_counts() -> None:
+    """The student's EOS stays with the teacher's EOS, id 0, although the teacher also has a token
+    of its name.
+    """
+    teacher = {"<end>": 0, "</s>": 50, **{f"t{index}": index for index in range(1, 50)}}
+    student = {**{f"t{index}": index - 1 for index in range(1, 50)}, "</s>": 49}
+    alignment = align_vocabularies(Table(teacher, "<end>"), Table(student, "</s>"), 51, 50)
+    assert alignment.teacher_ids is not None
+    assert alignment.teacher_ids.tolist() == [*range(1, 50), 0]
+
+
+def test_a_token_beyond_the_students_rows_is_not_mapped() -> None:
+    student = {token: index + 1 for token, index in numbered(50).items()}
+    alignment = align_vocabularies(Table(numbered(50)), Table(student), 50, 50)
+    assert alignment.teacher_ids is not None
+    assert alignment.teacher_ids[1:].tolist() == list(range(49))
+
+
 def test_special_token_of_one_side_only_is_not_mapped() -> None:
     teacher, student = (
         Table(numbered(50)),
@@ -309,6 +327,9 @@ def test_vocab_map_reorders_the_teachers_logits() -> None:
         [1.0, 0.0, 0.0, 0.0]
     ]  # the head may have more rows
     assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
+    # A prompt of the teacher may hold masked ids, unless ids are mapped.
+    assert ids.teacher_readable.tolist() == [True, True, False, True]
+    assert VocabMap(3, ids.masked).teacher_readable.tolist() == [True] * 3
 
 
 def test_vocab_map_holds_the_alignment_as_tensors() -> None:

@@ -130,7 +130,7 @@ def test_variables_are_those_of_the_node(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def copy_in_process(source: Path, target: Path, prelude: str = "") -> subprocess.Popen[str]:
-    """Call `copy_cache` in a process of its own, which prints what it copies."""
+    """Call `copy_cache` in its own process, which prints what it copies."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from pocl_ds.teachers.local_copy import copy_cache\n"

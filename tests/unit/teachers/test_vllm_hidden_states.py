@@ -143,7 +143,7 @@ def test_a_model_that_vllm_refuses_is_one_sentence(caches: Path) -> None:
 def test_a_process_next_to_the_rank_fills_a_cache_of_records(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The complete way: an engine in a process of its own, in shards, with top-k records."""
+    """The complete way: an engine in its own process, in shards, with top-k records."""
     options: dict[str, Any] = {"mode": "cached_topk", "shards": 2}
     run = write_cache(tmp_path / "a", tiny_llama, backend="vllm", **options)
     other = write_cache(tmp_path / "b", tiny_llama, **options)

@@ -1,4 +1,4 @@
-"""A teacher with ranks of its own in a process that has none."""
+"""A teacher with its own ranks in a process that has none."""
 
 from __future__ import annotations
 

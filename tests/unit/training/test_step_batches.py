@@ -104,7 +104,7 @@ def test_batches_equal_those_made_in_place(
 
 
 class RequestLog:
-    """Takes the place of a teacher on ranks of its own."""
+    """Takes the place of a teacher on its own ranks."""
 
     def __init__(self) -> None:
         self.sent: list[Tensor] = []

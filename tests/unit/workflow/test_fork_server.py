@@ -66,7 +66,7 @@ def test_each_program_has_a_process_and_an_exit_code(server: ForkServer, tmp_pat
     assert run_code(server, f"{code}; os._exit(3)") == 3
     assert server.run("pocl_ds.cli.main", ["no-such-command"]) == 2
     first, second = (line.split() for line in out.read_text().splitlines())
-    assert first[0] != second[0] and first[0] == first[2], "each has a session of its own"
+    assert first[0] != second[0] and first[0] == first[2], "each has its own session"
     assert first[1] == second[1] == str(process_id(server))
 
 

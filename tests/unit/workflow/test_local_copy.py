@@ -18,7 +18,7 @@ from pocl_ds.workflow.locks import hold_lock
 
 
 def hold_in_process(target: Path) -> subprocess.Popen[str]:
-    """Hold a copy in a process of its own until its input ends; it has printed a line by then."""
+    """Hold a copy in its own process until its input ends; it has printed a line by then."""
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from pocl_ds.workflow.local_copy import hold_copy\n"

@@ -149,6 +149,17 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     [
         ('{"step": "x"', "is damaged (Expecting"),
         ('{"what": 1}', "is not a manifest of this program"),
+        *(
+            (
+                json.dumps({"step": "", "fingerprint": "", **fields, "schema": SCHEMA}),
+                "is not a manifest of this program",
+            )
+            for fields in (
+                {"files": {}, "info": []},
+                {"files": {"a": {"bytes": "1", "sha256": ""}}},
+                {"files": {"a": {"bytes": 1, "sha256": None}}},
+            )
+        ),
         (
             json.dumps({"step": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}),
             f"has schema {SCHEMA + 1} and this program writes {SCHEMA}",
