@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The study `tasks` on this machine's CPU: make models with random weights, train the teacher on 360,000 samples and the students on 64,000,
-# measure in a pilot which difference the study can show, and run it. After an interruption the same command resumes, and a second shell
-# with `pocl study tasks --run-dir runs/tasks/cells` runs other cells at the same time.
+# measure in a pilot which difference the study can show, and run it; then a part of it on harder tasks. After an interruption the same
+# command resumes, and a second shell with `pocl study tasks --run-dir runs/tasks/cells` runs other cells at the same time.
 #
 #   launch/study_tasks.sh [field=value ...]
 #
-# The fields override those of pilot and study.
+# The fields override those of the studies.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,3 +25,4 @@ for size in quarter tenth thirtieth; do
 done
 pocl study tasks-pilot --run-dir "$runs/pilot" "$@"
 pocl study tasks --run-dir "$runs/cells" "$@"
+pocl study tasks-harder --run-dir "$runs/harder" "$@"
