@@ -102,7 +102,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "json",
         json.dumps({"easy": RECORDS, "hard": RECORDS}),
         (),
-        "data file FILE holds several lists of records (easy, hard): write the one to read into a "
+        "data file FILE holds several lists of records (easy, hard): write the one to read into "
         "its own file",
     ),
     "splits": (
