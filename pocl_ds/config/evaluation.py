@@ -166,7 +166,7 @@ class EvaluateConfig(Section):
         None,
         description="Tasks of lm-evaluation-harness for every model: a list of names or a section.",
     )
-    models: tuple[ModelName, ...] = Field(
+    models: Annotated[tuple[ModelName, ...], BeforeValidator(split_names)] = Field(
         ("teacher", "initial", "student"),
         description="Models to evaluate. `initial` is the student before training; the baseline is "
         "added if it is trained.",
