@@ -142,12 +142,16 @@ def test_verdicts_are_reused_until_the_answers_change(run: RunDirectory) -> None
         {"id": "b", "correct": False, "fault": "another number (8)"},
     ]
     assert summarize_verification(run, config, "student", "mine")["correct"] == 50
+    one_seed = summarize_verification(run, config_of("number", seeds=[1]), "student", "mine")
+    assert one_seed["correct_deviation"] is None
     before = file.stat().st_mtime_ns
     verify_answers(run, config, ["student"])
     assert file.stat().st_mtime_ns == before
     write_answers(run, "student", 1, [answer("a", "7", "7"), answer("b", "9", "9")])
     verify_answers(run, config, ["student"])
-    assert summarize_verification(run, config, "student", "mine")["correct_by_seed"] == [100, 50]
+    summary = summarize_verification(run, config, "student", "mine")
+    assert summary["correct_by_seed"] == [100, 50]
+    assert summary["correct_deviation"] == pytest.approx(50 / 2**0.5)
     file.write_text(file.read_text()[:-10])  # damaged
     with pytest.raises(ArtifactError, match="damaged"):
         read_verification(file)
@@ -189,6 +193,10 @@ def test_what_cannot_be_verified_is_an_error(
     sample = Sample.from_instruction("a", "How many?", "seven")
     with pytest.raises(DataError, match=r"benchmark mine, sample a: .*'seven' has no number"):
         check_references(config_of("number"), "mine", [sample])
+    thought = Sample.from_instruction("a", "How many?", "<think>7</think>seven")
+    check_references(config_of("number"), "mine", [thought])
+    with pytest.raises(DataError, match="has no number"):
+        check_references(config_of("number", span="answer"), "mine", [thought])
     check_references(config_of("code"), "mine", [sample])
     check_references(config_of(None), "mine", [sample])
     code_sandbox.check_sandbox.cache_clear()
