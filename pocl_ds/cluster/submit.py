@@ -96,6 +96,11 @@ class Submission:
                 "choose another"
             )
 
+    @property
+    def runs_here(self) -> bool:
+        """Whether jobs use the packages of this machine: without a container."""
+        return self.profile.container is None
+
     def script(self, job: JobSpec) -> str:
         """The text of a job's script."""
         renderer = jinja2.Environment(
@@ -160,7 +165,7 @@ class Submission:
                 f"{self.path}`, or `pocl cancel` them first"
             )
         with lock_run_directory(self.run):
-            record_recipe(self.run, self.recipe)
+            record_recipe(self.run, self.recipe, runs_here=self.runs_here)
             self._freeze()
         ids: dict[str, str] = {}
         try:

@@ -33,8 +33,7 @@ def check_submission(submission: Submission) -> None:
     """
     if not submission.jobs:
         return
-    runs_here = submission.profile.container is None
-    check_recipe_fits(submission.run, submission.recipe, runs_here=runs_here)
+    check_recipe_fits(submission.run, submission.recipe, runs_here=submission.runs_here)
     unfinished = {step for job in submission.jobs for step in job.steps}
     check_inputs(submission.recipe, reads_data="preprocess" in unfinished)
     mounted = (submission.path, Path(submission.directory))

@@ -50,14 +50,6 @@ def check_harness(recipe: Recipe) -> None:
         )
 
 
-def check_code_sandbox(recipe: Recipe) -> None:
-    """Raise ResourceError if a benchmark's answers are code and there is no sandbox for it."""
-    if any(benchmark.verify == "code" for benchmark in recipe.evaluate.benchmarks.values()):
-        from pocl_ds.evaluation.code_sandbox import check_sandbox
-
-        check_sandbox()
-
-
 def check_most_samples(recipe: Recipe) -> None:
     """Raise RecipeError if the training that the recipe describes needs more samples than its data
     section allows, before the data are read and counted.

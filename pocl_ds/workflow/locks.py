@@ -20,7 +20,7 @@ from pocl_ds.workflow.files import explain_disk_errors
 NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 COMMAND_LENGTH = 200  # of the holder's command line, in characters
 
-_handles: set[int] = set()  # file handles
+_handles: set[int] = set()  # of the files whose locks this process holds
 
 
 class LockTakenError(Exception):

@@ -14,13 +14,9 @@ from typing import Any
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
+from pocl_ds.evaluation.verification import check_sandboxed_benchmarks
 from pocl_ds.runtime.metrics import check_wandb
-from pocl_ds.workflow.checks import (
-    check_code_sandbox,
-    check_ds_configs,
-    check_harness,
-    check_most_samples,
-)
+from pocl_ds.workflow.checks import check_ds_configs, check_harness, check_most_samples
 from pocl_ds.workflow.files import (
     atomic_write,
     explain_disk_errors,
@@ -92,12 +88,12 @@ def _hold(run: RunDirectory, operation: int) -> Iterator[None]:
         yield
 
 
-def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
+def record_recipe(run: RunDirectory, recipe: Recipe, *, runs_here: bool = True) -> None:
     """Write the recipe into a run directory that the caller has locked.
 
-    Raises as `check_recipe_fits`.
+    Arguments and errors are those of `check_recipe_fits`.
     """
-    check_recipe_fits(run, recipe)
+    check_recipe_fits(run, recipe, runs_here=runs_here)
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
     write_json(run.input_digests, described_inputs(recipe))
@@ -106,12 +102,14 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
 def check_recipe_fits(run: RunDirectory, recipe: Recipe, *, runs_here: bool = True) -> None:
     """Check that a recipe can run in a run directory, without writing anything.
 
-    runs_here: the steps run with the programs of this machine, not in a container; these must have
-    what the recipe needs.
-
     It may differ from the recorded one only in fields of unfinished steps and in fields that change
-    no result. Raises ArtifactError if a finished step belongs to another recipe, RecipeError for
-    fields that contradict each other.
+    no result.
+
+    runs_here: the steps run on this machine, not in a container, so this machine must have the
+    packages that the recipe needs.
+
+    Raises ArtifactError if a finished step belongs to another recipe, RecipeError for fields that
+    contradict each other, ResourceError for a missing package.
     """
     check_ds_configs(recipe)
     check_most_samples(recipe)
@@ -130,7 +128,7 @@ def check_recipe_fits(run: RunDirectory, recipe: Recipe, *, runs_here: bool = Tr
         check_wandb()
     if not finished["evaluate"]:
         check_harness(recipe)
-        check_code_sandbox(recipe)
+        check_sandboxed_benchmarks(recipe.evaluate)
 
 
 def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from answer_generation import generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
@@ -29,19 +30,6 @@ from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 MakeConfig = Callable[..., EvaluateConfig]
-
-
-def generate(run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, model: str) -> None:
-    with closing(ReusedGenerator()) as generators:
-        evaluate.generate_answers(
-            run,
-            config,
-            prompt,
-            model=model,
-            path=model_path(run, model),
-            generators=generators,
-            threads=1,
-        )
 
 
 def records(path: Path) -> list[dict]:

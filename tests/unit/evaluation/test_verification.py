@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from answer_generation import generate
 from typer.testing import CliRunner
 
 from pocl_ds.cli.main import app
@@ -18,8 +18,7 @@ from pocl_ds.errors import ArtifactError, DataError, ResourceError
 from pocl_ds.evaluation import code_sandbox, verification
 from pocl_ds.evaluation.answers import answers_file
 from pocl_ds.evaluation.compare_models import ComparedModel, compare_models
-from pocl_ds.evaluation.evaluate import generate_answers, summarize_results
-from pocl_ds.evaluation.evaluated_models import model_path
+from pocl_ds.evaluation.evaluate import summarize_results
 from pocl_ds.evaluation.tables import table_rows
 from pocl_ds.evaluation.verification import (
     check_references,
@@ -31,7 +30,6 @@ from pocl_ds.evaluation.verification import (
     verification_file,
     verify_answers,
 )
-from pocl_ds.generation.reused_generator import ReusedGenerator
 from pocl_ds.metrics.numbers import last_number
 from pocl_ds.report.formatting import results_rows
 from pocl_ds.workflow.files import read_json
@@ -84,17 +82,8 @@ def test_verified_answers_of_a_model(
     """From the answers of tiny models to results, tables and a comparison."""
     config = config_of("number", max_new_tokens=8, held_out_loss=False, max_samples=6)
     models = ["initial", "student"]
-    with closing(ReusedGenerator()) as generators:
-        for model in models:
-            generate_answers(
-                run,
-                config,
-                prompt,
-                model=model,
-                path=model_path(run, model),
-                generators=generators,
-                threads=1,
-            )
+    for model in models:
+        generate(run, config, prompt, model)
     with pytest.raises(ArtifactError, match="verify"):
         summarize_results(run, config, models)
     caplog.set_level("INFO", "pocl_ds")

@@ -87,6 +87,8 @@ def test_a_missing_tracker_raises_before_anything_runs(
         record_recipe(run, Recipe.model_validate(tree))
     assert not run.recipe.exists()
     record_recipe(run, Recipe.model_validate({**tree, "train": {}}))
+    # Jobs in a container have the packages of its image.
+    record_recipe(run, Recipe.model_validate(tree), runs_here=False)
 
 
 def test_a_path_that_deepspeed_treats_as_a_pattern_is_refused(tmp_path: Path) -> None:
